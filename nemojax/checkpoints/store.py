@@ -1,0 +1,229 @@
+"""One Orbax tree on disk: canonical per-layer keys, written lazily, read leaf by leaf.
+
+In memory the weights of equal layers are stacked ("runs/003/attn/q", leading axis = position in the run);
+on disk every layer stands alone ("layers/17/attn/q"). The same renaming serves parameters, optimiser
+moments and averages, because it looks at paths only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nemojax.arch import ArchSpec
+from nemojax.tree import from_paths
+
+LAZY_BYTES = 2 << 30  # lazily loaded arrays held in host memory at once; a larger one goes alone
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is read when it is written out: `load()` returns it with this shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def flat_paths(tree: Any) -> dict[str, Any]:
+    """{"a/0/b": leaf} of any pytree: dicts, sequences, named tuples, dataclasses."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, LazyArray))[0]
+    return {"/".join(_name(key) for key in path): leaf for path, leaf in leaves}
+
+
+def split_run(path: str, arch: ArchSpec | None) -> tuple[str, str, tuple[int, ...]] | None:
+    """("opt/mu/", "/attn/q", layers) of "opt/mu/runs/000/attn/q"; None for a path outside a run."""
+    parts = path.split("/")
+    if "runs" not in parts or arch is None:
+        return None
+    at = parts.index("runs")
+    if at + 1 >= len(parts) or not parts[at + 1].isdigit():
+        return None
+    before, after = "/".join([*parts[:at], ""]), "/".join(["", *parts[at + 2 :]])
+    return before, after, arch.runs()[int(parts[at + 1])].layers
+
+
+def canonical(tree: Any, arch: ArchSpec | None) -> dict[str, np.ndarray]:
+    """Flat {canonical path: host array} of a pytree in the memory layout (or already canonical).
+
+    Device arrays are copied to the host once; a layer of a run is a view of that copy, so nothing is
+    added on the device and nothing twice on the host. PRNG keys become their raw data.
+    """
+    flat: dict[str, Any] = {}
+    for path, leaf in flat_paths(tree).items():
+        where = split_run(path, arch)
+        host = to_host(leaf)
+        if where is None:
+            flat[path] = host
+            continue
+        before, after, layers = where
+        for i, layer in enumerate(layers):
+            flat[f"{before}layers/{layer}{after}"] = host[i]
+    return flat
+
+
+def to_host(leaf: Any) -> Any:
+    """A numpy array that no later donation or assignment can change; lazy arrays pass through."""
+    if isinstance(leaf, LazyArray):
+        return leaf
+    if not isinstance(leaf, jax.Array):
+        return np.array(leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    if all(d.platform == "cpu" for d in leaf.devices()):
+        return np.array(leaf)  # np.asarray would be a view of a buffer that the next step donates
+    return np.asarray(leaf)
+
+
+def to_device(host: np.ndarray, like: Any) -> Any:
+    """`host` with the dtype, sharding and PRNG-key nature of `like` (an array or ShapeDtypeStruct)."""
+    if not hasattr(like, "dtype"):
+        return type(like)(host.item()) if isinstance(like, bool | int | float) else host
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(host, impl=jax.random.key_impl(like) if _is_array(like) else None)
+    host = host.astype(like.dtype, copy=False)
+    if isinstance(like, np.ndarray):
+        return host
+    sharding = getattr(like, "sharding", None)
+    if sharding is None:
+        return jax.numpy.asarray(host)
+    if _is_array(like) and not getattr(like, "_committed", True):
+        return jax.numpy.asarray(host)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def handler() -> Any:
+    """The Orbax tree handler of this project: no second host copy, lazy arrays in bounded batches."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers
+
+    class _Lazy(type_handlers.NumpyHandler):
+        """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays."""
+
+        async def _background_serialize(self, values, infos, args=None):
+            args = args or [type_handlers.SaveArgs()] * len(values)
+            for batch in _batches(values):
+                arrays: Any = [values[i].load() for i in batch]
+                await super()._background_serialize(arrays, [infos[i] for i in batch], [args[i] for i in batch])
+
+        async def serialize(self, values, infos, args=None):
+            from orbax.checkpoint import future
+
+            work = self._background_serialize(values, infos, args)
+            return [future.CommitFutureAwaitingContractedSignals(work, name="lazy_arrays")]
+
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (LazyArray, _Lazy(deepcopy_host_arrays=False)),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+
+
+class Reader:
+    """Reads chosen leaves of one saved tree (`.../checkpoints/<step>/params`), never more than asked."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._handler = handler()
+        try:
+            metadata = self._handler.metadata(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+        tree = getattr(metadata, "tree", metadata)
+        self.leaves: dict[str, jax.ShapeDtypeStruct] = {
+            name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flat_paths(tree).items()
+        }
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """{name: array} for the canonical `names`; ValueError when one is absent or damaged."""
+        import orbax.checkpoint as ocp
+
+        names = list(names)
+        if missing := [name for name in names if name not in self.leaves]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"{self.path}: expected {missing[0]}{more}, got none; arch and checkpoint disagree")
+        if not names:
+            return {}
+        item = from_paths({name: self.leaves[name] for name in names})
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=kinds, partial_restore=True)
+        try:
+            return flat_paths(self._handler.restore(self.path, args=args))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path}: unreadable checkpoint data ({_first_line(error)})") from error
+
+    def read_leaf(self, path: str, arch: ArchSpec | None) -> np.ndarray:
+        """One leaf in the memory layout: the layers of a run are stacked."""
+        where = split_run(path, arch)
+        if where is None:
+            return self.read([path])[path]
+        before, after, layers = where
+        names = [f"{before}layers/{layer}{after}" for layer in layers]
+        parts = self.read(names)
+        return np.stack([parts[name] for name in names])
+
+    def like(self, abstract: Any, arch: ArchSpec | None) -> Any:
+        """The saved tree in the structure, dtypes and shardings of `abstract`, one leaf at a time."""
+        treedef = jax.tree.structure(abstract)
+        wanted = flat_paths(abstract)
+        for path, leaf in wanted.items():
+            self._check(path, leaf, arch)
+        return treedef.unflatten([to_device(self.read_leaf(p, arch), leaf) for p, leaf in wanted.items()])
+
+    def _check(self, path: str, leaf: Any, arch: ArchSpec | None) -> None:
+        where = split_run(path, arch)
+        shape = tuple(np.shape(leaf))
+        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return
+        names = [path] if where is None else [f"{where[0]}layers/{layer}{where[1]}" for layer in where[2]]
+        for name in names:
+            got = self.leaves.get(name)
+            want = shape if where is None else shape[1:]
+            if got is None or tuple(got.shape) != want:
+                found = "none" if got is None else tuple(got.shape)
+                raise ValueError(f"{self.path}: {name}: expected shape {want}, got {found}; use the same configuration")
+
+
+def _batches(values: Iterable[LazyArray]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    held = LAZY_BYTES + 1
+    for i, value in enumerate(values):
+        if held + value.nbytes > LAZY_BYTES:
+            batches.append([])
+            held = 0
+        batches[-1].append(i)
+        held += value.nbytes
+    return batches
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that Orbax saves."""
+    return from_paths(flat)

@@ -1,0 +1,1 @@
+"""The Llama family as pure functions of an ArchSpec."""

@@ -1,0 +1,72 @@
+"""Scaled dot-product attention with grouped KV heads, over a packed batch or over a cache.
+
+Shape letters: B batch, T query length, S key length, N query heads, K KV heads, G = N / K queries a
+group, H head dim, P = H / 2, n layers of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from nemojax.arch import ArchSpec, Attention
+from nemojax.model import rope
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What attention needs to know of a batch, made once and shared by all layers."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array
+    cos_BTP: jax.Array
+    sin_BTP: jax.Array
+
+
+def make_context(arch: ArchSpec, positions_BT: jax.Array, segments_BT: jax.Array | None = None) -> Context:
+    """Context of a batch: positions restart with each document; segments tell documents apart (0 pads)."""
+    cos_BTP, sin_BTP = rope.tables(arch.rope, arch.head_dim, positions_BT)
+    segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
+    return Context(positions_BT, segments_BT, cos_BTP, sin_BTP)
+
+
+def attend_packed(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context, spec: Attention
+) -> jax.Array:
+    """Causal attention inside each document of a packed row; returns [B, T, N, H]."""
+    length = q_BTNH.shape[1]
+    # index order equals position order inside a document, and costs no comparison per batch row
+    index = jnp.arange(length)
+    mask_TS = index[:, None] >= index[None, :]
+    if spec.window is not None:
+        mask_TS &= index[:, None] - index[None, :] < spec.window
+    mask_BTS = mask_TS & (ctx.segments_BT[:, :, None] == ctx.segments_BT[:, None, :])
+    return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+
+
+def attend_cached(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ctx: Context, spec: Attention
+) -> jax.Array:
+    """Attention of new tokens over a cache whose key index is its position; returns [B, T, N, H]."""
+    keys_S = jnp.arange(k_BSKH.shape[1])
+    query_BT1 = ctx.positions_BT[:, :, None]
+    mask_BTS = keys_S[None, None, :] <= query_BT1
+    if spec.window is not None:
+        mask_BTS &= query_BT1 - keys_S[None, None, :] < spec.window
+    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def masked_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v with the softmax in f32; a masked score is -inf in effect."""
+    b, t, n, h = q_BTNH.shape
+    k_heads = k_BSKH.shape[2]
+    q_BTKGH = (q_BTNH * (h**-0.5)).reshape(b, t, k_heads, n // k_heads, h)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(b, t, n, h)

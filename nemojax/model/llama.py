@@ -1,0 +1,229 @@
+"""The model: four doors that everything goes through.
+
+`embed`, `apply_blocks`, `head`, and `apply` that composes them. Training, scoring, sampling and export
+all use these. Blocks of one kind that stand next to each other form a run, whose weights are stacked on
+a leading axis and scanned, so that the compiled program grows with runs, not with layers.
+
+Shape letters: B batch, T length, D model, V vocabulary, n layers of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from nemojax.arch import ArchSpec, Run
+from nemojax.config import field
+from nemojax.model.attention import Context, make_context
+from nemojax.model.block import apply_block, block_axes, init_block, rms_norm
+from nemojax.model.cache import Cache
+from nemojax.model.layout import run_name
+from nemojax.sharding import constrain, shardings_of
+
+Params = dict[str, Any]
+Taps = dict[int, jax.Array]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to compute, never what: results agree up to rounding."""
+
+    dtype: Literal["float32", "bfloat16"] = field("float32", "dtype of activations and matmuls")
+    remat: Literal["none", "dots", "full"] = field(
+        "none", "recomputed in the backward pass: nothing, all but matmuls, or whole blocks"
+    )
+    unroll: int = field(1, "blocks of a run in one step of the scan (more: larger program, often faster on CPU)")
+
+
+def init_params(arch: ArchSpec, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Fresh parameters, stacked by run. Call it under `jax.jit` with out_shardings to make them sharded."""
+    k_embed, k_head, *k_runs = jax.random.split(key, 2 + len(arch.runs()))
+    params: Params = {
+        "embed": {"weight": (jax.random.normal(k_embed, (arch.vocab_size, arch.dim)) * 0.02).astype(dtype)},
+        "runs": {
+            run_name(i): jax.vmap(lambda k, s=run.spec: init_block(arch, s, k, dtype))(
+                jax.random.split(k_runs[i], len(run.layers))
+            )
+            for i, run in enumerate(arch.runs())
+        },
+        "norm": {"scale": jnp.ones((arch.dim,), dtype)},
+    }
+    if not arch.tie_embeddings:
+        head_VD = jax.random.normal(k_head, (arch.vocab_size, arch.dim)) * arch.dim**-0.5
+        params["head"] = {"weight": head_VD.astype(dtype)}
+    return params
+
+
+def abstract_params(arch: ArchSpec, dtype: Any = jnp.float32) -> Params:
+    """Shapes and dtypes of `init_params`, nothing allocated."""
+    return jax.eval_shape(functools.partial(init_params, arch, dtype=dtype), jax.random.key(0))
+
+
+def logical_axes(arch: ArchSpec) -> Params:
+    """A tuple of logical axis names for every parameter."""
+    axes: Params = {
+        "embed": {"weight": ("vocab", "embed")},
+        "runs": {
+            run_name(i): jax.tree.map(
+                lambda a: (None, *a), block_axes(arch, run.spec), is_leaf=lambda x: isinstance(x, tuple)
+            )
+            for i, run in enumerate(arch.runs())
+        },
+        "norm": {"scale": (None,)},
+    }
+    if not arch.tie_embeddings:
+        axes["head"] = {"weight": ("vocab", "embed")}
+    return axes
+
+
+def param_shardings(arch: ArchSpec, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32) -> Params:
+    """A NamedSharding for every parameter. ValueError naming the weight that the mesh does not divide."""
+    return shardings_of(logical_axes(arch), abstract_params(arch, dtype), mesh)
+
+
+def head_weight(params: Mapping[str, Any]) -> jax.Array:
+    """The output matrix [V, D]: the embedding when they are tied."""
+    return params["head"]["weight"] if "head" in params else params["embed"]["weight"]
+
+
+def embed(params: Mapping[str, Any], tokens_BT: jax.Array, compute: Compute = Compute()) -> jax.Array:
+    """Token embeddings [B, T, D]."""
+    h_BTD = params["embed"]["weight"].astype(compute.dtype)[tokens_BT]
+    return constrain(h_BTD, "batch", None, None)
+
+
+def final_norm(params: Mapping[str, Any], arch: ArchSpec, h_BTD: jax.Array) -> jax.Array:
+    return rms_norm(h_BTD, params["norm"]["scale"], arch.norm_eps)
+
+
+def head(params: Mapping[str, Any], arch: ArchSpec, h_BTD: jax.Array) -> jax.Array:
+    """Final norm and output projection: logits [B, T, V] in f32."""
+    x_BTD = final_norm(params, arch, h_BTD)
+    w_VD = head_weight(params).astype(x_BTD.dtype)
+    return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
+
+
+def apply_blocks(
+    params: Mapping[str, Any],
+    arch: ArchSpec,
+    h_BTD: jax.Array,
+    ctx: Context,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    taps: tuple[int, ...] = (),
+    cache: Cache | None = None,
+    compute: Compute = Compute(),
+) -> tuple[jax.Array, Taps, Cache | None]:
+    """Layers start..stop on the residual stream.
+
+    Returns (h after them, {layer: h after that layer} for the layers in `taps`, cache). An empty layer's
+    tap is the stream at that point. With a cache the tokens are new ones at `ctx.positions_BT`; their
+    keys and values are written there.
+    """
+    stop = arch.num_layers if stop is None else stop
+    sources = {layer: _last_real_layer(arch, layer, start) for layer in taps}
+    outputs: dict[int | None, jax.Array] = {None: h_BTD}
+    cache = dict(cache) if cache is not None else None
+    for i, run in enumerate(arch.runs()):
+        inside = [j for j, layer in enumerate(run.layers) if start <= layer < stop]
+        if not inside:
+            continue
+        name, first, last = run_name(i), inside[0], inside[-1] + 1
+        weights = params["runs"][name]
+        if (first, last) != (0, len(run.layers)):
+            weights = jax.tree.map(lambda w, a=first, b=last: w[a:b], weights)
+        part = Run(run.spec, run.layers[first:last])
+        if cache is not None and name in cache:
+            h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, cache[name], first)
+        else:
+            wanted = [j for j, layer in enumerate(part.layers) if layer in sources.values()]
+            h_BTD, after = _run(arch, part, weights, h_BTD, ctx, compute, bool(wanted))
+            outputs |= {part.layers[j]: after[j] for j in wanted}
+    return h_BTD, {layer: outputs[source] for layer, source in sources.items()}, cache
+
+
+def apply(
+    params: Mapping[str, Any],
+    arch: ArchSpec,
+    batch: Mapping[str, jax.Array],
+    *,
+    taps: tuple[int, ...] = (),
+    compute: Compute = Compute(),
+) -> tuple[jax.Array, Taps]:
+    """Logits [B, T, V] f32 and taps for a packed batch (`tokens`, and `positions`, `segments` if packed)."""
+    h_BTD, tapped = hidden(params, arch, batch, taps=taps, compute=compute)
+    return head(params, arch, h_BTD), tapped
+
+
+def hidden(
+    params: Mapping[str, Any],
+    arch: ArchSpec,
+    batch: Mapping[str, jax.Array],
+    *,
+    taps: tuple[int, ...] = (),
+    compute: Compute = Compute(),
+) -> tuple[jax.Array, Taps]:
+    """Residual stream [B, T, D] after all blocks, before the final norm, and taps."""
+    ctx = batch_context(arch, batch)
+    h_BTD = embed(params, batch["tokens"], compute)
+    h_BTD, tapped, _ = apply_blocks(params, arch, h_BTD, ctx, taps=taps, compute=compute)
+    return h_BTD, tapped
+
+
+def batch_context(arch: ArchSpec, batch: Mapping[str, jax.Array]) -> Context:
+    """Attention context of a batch; without `positions` each row is one document."""
+    tokens_BT = batch["tokens"]
+    positions_BT = batch.get("positions")
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    return make_context(arch, positions_BT, batch.get("segments"))
+
+
+def _run(
+    arch: ArchSpec, run: Run, weights: Any, h_BTD: jax.Array, ctx: Context, compute: Compute, wanted: bool
+) -> tuple[jax.Array, Any]:
+    def body(h: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+        h = apply_block(arch, run.spec, w, h, ctx)
+        return h, h if wanted else None
+
+    match compute.remat:
+        case "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        case "dots":
+            body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+    return jax.lax.scan(body, h_BTD, weights, unroll=min(compute.unroll, len(run.layers)))
+
+
+def _run_cached(
+    arch: ArchSpec, run: Run, weights: Any, h_BTD: jax.Array, ctx: Context, cache: dict, first: int
+) -> tuple[jax.Array, dict]:
+    # the cache is carried, not scanned over: XLA then updates it in place instead of copying it
+    rows_B1 = jnp.arange(h_BTD.shape[0])[:, None]
+
+    def body(carry: tuple, x: tuple) -> tuple[tuple, None]:
+        h, k_all, v_all = carry
+        w, j = x
+        written: dict[str, jax.Array] = {}
+
+        def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+            for name, whole, new in (("k", k_all, k_BTKH), ("v", v_all, v_BTKH)):
+                written[name] = whole.at[j, rows_B1, ctx.positions_BT].set(new.astype(whole.dtype), mode="drop")
+            return written["k"][j], written["v"][j]
+
+        h = apply_block(arch, run.spec, w, h, ctx, update=update)
+        return (h, written["k"], written["v"]), None
+
+    layers = jnp.arange(first, first + len(run.layers))
+    (h_BTD, k, v), _ = jax.lax.scan(body, (h_BTD, cache["k"], cache["v"]), (weights, layers))
+    return h_BTD, {"k": k, "v": v}
+
+
+def _last_real_layer(arch: ArchSpec, layer: int, start: int) -> int | None:
+    """The layer whose output is the stream after `layer`: an empty layer passes on what came before."""
+    return next((n for n in range(layer, start - 1, -1) if not arch.blocks[n].is_empty), None)
