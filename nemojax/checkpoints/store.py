@@ -115,7 +115,7 @@ def handler() -> Any:
 
         async def _background_serialize(self, values, infos, args=None):
             args = args or [type_handlers.SaveArgs()] * len(values)
-            for batch in _batches(values):
+            for batch in _batches([value.nbytes for value in values]):
                 arrays: Any = [values[i].load() for i in batch]
                 await super()._background_serialize(arrays, [infos[i] for i in batch], [args[i] for i in batch])
 
@@ -128,6 +128,7 @@ def handler() -> Any:
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (LazyArray, _Lazy(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
@@ -165,48 +166,54 @@ class Reader:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: unreadable checkpoint data ({_first_line(error)})") from error
 
-    def read_leaf(self, path: str, arch: ArchSpec | None) -> np.ndarray:
-        """One leaf in the memory layout: the layers of a run are stacked."""
-        where = split_run(path, arch)
-        if where is None:
-            return self.read([path])[path]
-        before, after, layers = where
-        names = [f"{before}layers/{layer}{after}" for layer in layers]
-        parts = self.read(names)
-        return np.stack([parts[name] for name in names])
-
     def like(self, abstract: Any, arch: ArchSpec | None) -> Any:
-        """The saved tree in the structure, dtypes and shardings of `abstract`, one leaf at a time."""
-        treedef = jax.tree.structure(abstract)
+        """The saved tree in the structure, dtypes and shardings of `abstract`, a bounded batch at a time."""
         wanted = flat_paths(abstract)
         for path, leaf in wanted.items():
             self._check(path, leaf, arch)
-        return treedef.unflatten([to_device(self.read_leaf(p, arch), leaf) for p, leaf in wanted.items()])
+        paths = list(wanted)
+        placed: dict[str, Any] = {}
+        for batch in _batches([_nbytes(leaf) for leaf in wanted.values()]):
+            names = {paths[i]: _stored_names(paths[i], arch) for i in batch}
+            arrays = self.read([name for group in names.values() for name in group])
+            for path, group in names.items():
+                stacked = split_run(path, arch) is not None
+                host = np.stack([arrays.pop(n) for n in group]) if stacked else arrays.pop(path)
+                placed[path] = to_device(host, wanted[path])
+        return jax.tree.structure(abstract).unflatten([placed[path] for path in paths])
 
     def _check(self, path: str, leaf: Any, arch: ArchSpec | None) -> None:
-        where = split_run(path, arch)
         shape = tuple(np.shape(leaf))
         if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return
-        names = [path] if where is None else [f"{where[0]}layers/{layer}{where[1]}" for layer in where[2]]
-        for name in names:
+        want = shape if split_run(path, arch) is None else shape[1:]
+        for name in _stored_names(path, arch):
             got = self.leaves.get(name)
-            want = shape if where is None else shape[1:]
             if got is None or tuple(got.shape) != want:
                 found = "none" if got is None else tuple(got.shape)
                 raise ValueError(f"{self.path}: {name}: expected shape {want}, got {found}; use the same configuration")
 
 
-def _batches(values: Iterable[LazyArray]) -> list[list[int]]:
+def _batches(sizes: Iterable[int]) -> list[list[int]]:
+    """Consecutive positions whose sizes in bytes sum to at most LAZY_BYTES; a larger one stands alone."""
     batches: list[list[int]] = []
     held = LAZY_BYTES + 1
-    for i, value in enumerate(values):
-        if held + value.nbytes > LAZY_BYTES:
+    for i, size in enumerate(sizes):
+        if held + size > LAZY_BYTES:
             batches.append([])
             held = 0
         batches[-1].append(i)
-        held += value.nbytes
+        held += size
     return batches
+
+
+def _nbytes(leaf: Any) -> int:
+    return int(np.prod(np.shape(leaf), dtype=np.int64)) * getattr(getattr(leaf, "dtype", None), "itemsize", 8)
+
+
+def _stored_names(path: str, arch: ArchSpec | None) -> list[str]:
+    where = split_run(path, arch)
+    return [path] if where is None else [f"{where[0]}layers/{layer}{where[1]}" for layer in where[2]]
 
 
 def _name(key: Any) -> str:

@@ -1,0 +1,314 @@
+"""Artifacts and work directories: arch.json, config.json, tokenizer/, checkpoints/<step>/{params,state}.
+
+Parameters and optimiser states are canonical per layer on disk (see `store`), whatever the memory
+layout was. A step becomes visible by one rename, so an unfinished save is never read.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from nemojax.arch import ArchSpec, block_shapes, load_arch
+from nemojax.checkpoints import store
+
+FORMAT_VERSION = 1
+
+
+class Checkpoints:
+    """The checkpoints of one work directory: asynchronous saves, the last `keep_last` and the best kept.
+
+    `best` is "metric:min" or "metric:max" over the metrics given to `save`. Trees go in and come out in
+    the memory layout of `arch` (read from `dir/arch.json` when not given); canonical ones pass unchanged.
+    """
+
+    def __init__(self, dir: str | os.PathLike, keep_last: int = 2, best: str | None = None, arch: ArchSpec | None = None):
+        import orbax.checkpoint as ocp
+
+        self.dir = Path(dir).absolute()
+        self.arch = arch if arch is not None else _read_arch(self.dir)
+        self._best = _parse_best(best)
+        root = self.dir / "checkpoints"
+        _check_format(root)
+        root.mkdir(parents=True, exist_ok=True)
+        _write_json(root / "format.json", {"format_version": FORMAT_VERSION})
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_policy(keep_last, self._best),
+            best_fn=(lambda metrics: metrics[self._best[0]]) if self._best else None,
+            best_mode=self._best[1] if self._best else "max",
+            cleanup_tmp_directories=jax.process_index() == 0,
+            enable_async_checkpointing=True,
+        )
+        handlers = {
+            "params": store.handler(),
+            "state": store.handler(),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(root, options=options, item_handlers=handlers)
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        state: Any = None,
+        data_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies to the host, then writes in the background; `state` is any pytree (optimiser, keys, ...).
+
+        Raises ValueError when this or the previous save could not be written (a full disk, say).
+        """
+        import orbax.checkpoint as ocp
+
+        items: dict[str, Any] = {"params": ocp.args.PyTreeSave(store.nested(store.canonical(params, self.arch)))}
+        flat_state = store.canonical(state, self.arch) if state is not None else {}
+        if flat_state:
+            items["state"] = ocp.args.PyTreeSave(store.nested(flat_state))
+        if data_state is not None:
+            items["data"] = ocp.args.JsonSave(dict(data_state))
+        values = {k: float(v) for k, v in metrics.items()} if metrics else None
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=values, force=True)
+        except Exception as error:
+            raise _write_error(self.dir, step, error) from error
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk; ValueError when it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise _write_error(self.dir, self._manager.latest_step(), error) from error
+
+    def latest(self) -> int | None:
+        """The newest finished step."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """All finished steps, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step with the best metric; None without `best` or before a save that had it."""
+        if self._best is None:
+            return None
+        name, mode = self._best
+        scored = {s: self.metrics(s).get(name) for s in self.steps()}
+        known = {s: v for s, v in scored.items() if v is not None}
+        return (min if mode == "min" else max)(known, key=lambda s: known[s]) if known else None
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics given when `step` was saved."""
+        path = self.dir / "checkpoints" / str(step) / "metrics" / "metrics"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Parameters of `step` in the structure, dtypes and shardings of `abstract`."""
+        return store.Reader(self._item(step, "params")).like(abstract, self.arch)
+
+    def restore_state(self, step: int, abstract: Any) -> Any:
+        """The `state` of `step` in the structure of `abstract` (arrays or ShapeDtypeStructs).
+
+        ValueError names the first leaf that is missing or of another shape.
+        """
+        return store.Reader(self._item(step, "state")).like(abstract, self.arch)
+
+    def restore_data(self, step: int) -> dict[str, Any] | None:
+        """The data iterator's state saved with `step`; None when there was none."""
+        path = self.dir / "checkpoints" / str(step) / "data"
+        files = sorted(p for p in path.glob("*") if p.is_file()) if path.is_dir() else []
+        for file in files:
+            if file.name == "metadata":
+                return json.loads(file.read_text())
+        return None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _item(self, step: int, name: str) -> Path:
+        path = self.dir / "checkpoints" / str(step) / name
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such checkpoint; finished steps are {self.steps()}")
+        return path
+
+
+def load_params(
+    artifact: str | os.PathLike,
+    arch: ArchSpec | None = None,
+    step: int | None = None,
+    dtype: Any = None,
+    shardings: Any = None,
+) -> tuple[ArchSpec, dict[str, Any]]:
+    """(arch, params in the memory layout) of an artifact, read one weight at a time.
+
+    `step` defaults to the newest; `dtype` to the stored one; `shardings` is a tree like the params.
+    """
+    artifact = Path(artifact).absolute()
+    arch = arch if arch is not None else _read_arch(artifact)
+    if arch is None:
+        raise ValueError(f"{artifact}: expected an artifact with arch.json, got none; run `nemojax import` first")
+    reader = params_reader(artifact, step)
+    names = [(f"layers/{i}/{sub}/{w}") for i, layer in layer_shapes(arch).items() for sub in layer for w in layer[sub]]
+    names += list(outer_shapes(arch))
+    if extra := sorted(set(reader.leaves) - set(names)):
+        raise ValueError(f"{reader.path}: {extra[0]}: not in arch.json ({len(extra)} such); arch and checkpoint disagree")
+    wanted: dict[str, Any] = {}
+    for path, shape in memory_shapes(arch).items():
+        first = path if (where := store.split_run(path, arch)) is None else f"layers/{where[2][0]}{where[1]}"
+        stored = reader.leaves.get(first)
+        wanted[path] = jax.ShapeDtypeStruct(shape, dtype or (stored.dtype if stored else np.float32))
+    if shardings is not None:
+        flat = store.flat_paths(shardings)
+        wanted = {p: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=flat[p]) for p, w in wanted.items()}
+    return arch, reader.like(store.nested(wanted), arch)
+
+
+def save_params(
+    artifact: str | os.PathLike,
+    arch: ArchSpec,
+    params: Any,
+    step: int = 0,
+    tokenizer_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Writes a final artifact: arch.json, checkpoints/<step>/params, and a copy of the tokenizer."""
+    artifact = Path(artifact).absolute()
+    artifact.mkdir(parents=True, exist_ok=True)
+    (artifact / "arch.json").write_text(arch.dumps())
+    if tokenizer_dir is not None and Path(tokenizer_dir).absolute() != artifact / "tokenizer":
+        shutil.copytree(tokenizer_dir, artifact / "tokenizer", dirs_exist_ok=True)
+    if step in finished_steps(artifact):
+        shutil.rmtree(artifact / "checkpoints" / str(step))
+    checkpoints = Checkpoints(artifact, keep_last=1, arch=arch)
+    checkpoints.save(step, params)
+    checkpoints.close()
+    return artifact
+
+
+def final_step(artifact: str | os.PathLike) -> int:
+    """The newest finished step of an artifact; ValueError when it has none."""
+    steps = finished_steps(artifact)
+    if not steps:
+        raise ValueError(f"{artifact}: expected checkpoints/<step>, got none; is this a finished artifact?")
+    return steps[-1]
+
+
+def finished_steps(artifact: str | os.PathLike) -> list[int]:
+    """Steps on disk, ascending; saves in progress do not count (they carry a temporary name)."""
+    root = Path(artifact) / "checkpoints"
+    if not root.is_dir():
+        return []
+    _check_format(root)
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "params").is_dir())
+
+
+def load_tokenizer(artifact: str | os.PathLike) -> Any:
+    """The fast tokenizer that travels with an artifact (a `PreTrainedTokenizerFast`)."""
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(artifact) / "tokenizer"
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"{path}: expected tokenizer.json, got none; make one with `nemojax tokenizer`")
+    return PreTrainedTokenizerFast.from_pretrained(str(path))
+
+
+def params_reader(artifact: str | os.PathLike, step: int | None = None) -> store.Reader:
+    """Reads single canonical weights of an artifact; `step` defaults to the newest."""
+    artifact = Path(artifact).absolute()
+    step = final_step(artifact) if step is None else step
+    if step not in finished_steps(artifact):
+        raise ValueError(f"{artifact}: no checkpoint of step {step}; finished steps are {finished_steps(artifact)}")
+    return store.Reader(artifact / "checkpoints" / str(step) / "params")
+
+
+def outer_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical paths and shapes of what is outside the blocks."""
+    shapes: dict[str, tuple[int, ...]] = {"embed/weight": (arch.vocab_size, arch.dim), "norm/scale": (arch.dim,)}
+    if not arch.tie_embeddings:
+        shapes["head/weight"] = (arch.vocab_size, arch.dim)
+    return shapes
+
+
+def layer_shapes(arch: ArchSpec) -> dict[int, dict[str, dict[str, tuple[int, ...]]]]:
+    """{layer: {"attn": {name: shape}, "ffn": ...}} of every layer that has weights."""
+    return {i: arch.block_shapes(i) for i, block in enumerate(arch.blocks) if not block.is_empty}
+
+
+def memory_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
+    """Flat paths and shapes of the parameters in memory: layers of a run stacked."""
+    shapes = outer_shapes(arch)
+    for r, run in enumerate(arch.runs()):
+        for sub, weights in block_shapes(arch, run.spec).items():
+            shapes |= {f"runs/{r:03d}/{sub}/{w}": (len(run.layers), *s) for w, s in weights.items()}
+    return shapes
+
+
+def _read_arch(artifact: Path) -> ArchSpec | None:
+    path = artifact / "arch.json"
+    return load_arch(path) if path.is_file() else None
+
+
+def _check_format(root: Path) -> None:
+    path = root / "format.json"
+    if not path.is_file():
+        return
+    try:
+        version = json.loads(path.read_text()).get("format_version")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a format version, got unreadable text; the directory is damaged") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
+            "use the nemojax that wrote it, or export it there and import it here"
+        )
+
+
+def _parse_best(best: str | None) -> tuple[str, str] | None:
+    if best is None:
+        return None
+    name, _, mode = best.rpartition(":")
+    if not name or mode not in ("min", "max"):
+        raise ValueError(f"best: expected 'metric:min' or 'metric:max', got {best!r}")
+    return name, mode
+
+
+def _policy(keep_last: int, best: tuple[str, str] | None) -> Any:
+    from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+    if keep_last < 1:
+        raise ValueError(f"keep_last: expected at least 1, got {keep_last}")
+    policies: list[Any] = [LatestN(keep_last)]
+    if best is not None:
+        name, mode = best
+
+        def metric(values: Mapping[str, float]) -> float:
+            return values.get(name, float("inf") if mode == "min" else float("-inf"))
+
+        policies.append(
+            BestN(get_metric_fn=metric, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False)
+        )
+    return AnyPreservationPolicy(policies)
+
+
+def _write_error(dir: Path, step: int | None, error: Exception) -> Exception:
+    text = str(error)
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text
+    if full:
+        return ValueError(f"{dir}: no space left while saving step {step}; free some and run again to resume")
+    if isinstance(error, OSError | ValueError):
+        return ValueError(f"{dir}: could not save step {step} ({text.splitlines()[0][:200] if text else error!r})")
+    return error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Replaces the file by one rename, so that a reader sees the old or the new text."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
