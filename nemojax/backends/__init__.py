@@ -1,0 +1,1 @@
+"""What differs between machines: chip facts now; kernels, precision and compiler flags beside them."""

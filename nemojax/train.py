@@ -1,0 +1,430 @@
+"""The only training loop: a loss, batches, and a state that survives a kill.
+
+`fit` serves pre-training, distillation, fine-tuning and RL; a stage differs in its loss, its frozen
+parameters and where its batches come from. Losses and metrics are sums with weights, divided once per
+step by the global weight, so that neither micro-batches nor hosts change the result.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nemojax.arch import ArchSpec, Attention
+from nemojax.backends.chips import peak_flops
+from nemojax.checkpoints.artifact import Checkpoints
+from nemojax.config import field
+from nemojax.log import RunLog
+from nemojax.losses.tokens import token_logps
+from nemojax.model import layout, llama
+from nemojax.model.llama import Compute, Params
+from nemojax.optim import OptimConfig, make_optimizer, make_schedule
+from nemojax.sharding import place_batch, use_mesh
+from nemojax.tree import check_same, from_paths, paths
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
+
+EXIT_PREEMPTED = 75
+
+
+class LossFn(Protocol):
+    """(loss summed over tokens, their weight, metrics) of a batch; `frozen` holds what is not trained."""
+
+    def __call__(
+        self, params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Metrics]: ...
+
+
+class Batches(Protocol):
+    """An endless iterator of batch dicts whose position can be saved and restored."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    steps: int = field(1000, "optimiser steps")
+    accumulate: int = field(1, "micro-batches a step; the result equals the large batch's")
+    log_every: int = field(10, "steps between lines of metrics.jsonl")
+    checkpoint_every: int = field(0, "steps between checkpoints; 0 saves at the end only")
+    eval_every: int = field(0, "steps between validations; 0 validates at the end only")
+    keep_last: int = field(2, "newest checkpoints kept")
+    keep_best: str = field("", "metric whose best checkpoint is kept too, as validation/loss:min")
+    on_nonfinite: Literal["stop", "skip"] = field("stop", "a step whose loss or gradient is not finite")
+    ema_decay: float = field(0.0, "decay of the exponential moving average of the weights; 0 keeps none")
+    profile_steps: str = field("", "first:last step of a profiler trace, as 10:13")
+
+    def __post_init__(self):
+        if self.steps < 1 or self.accumulate < 1 or self.log_every < 1:
+            raise ValueError("steps, accumulate and log_every: expected at least 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Any
+    key: jax.Array
+    skipped: jax.Array
+
+
+class Preempted(SystemExit):
+    """SIGTERM arrived: the state is saved; running the same command again resumes."""
+
+    def __init__(self, step: int):
+        super().__init__(EXIT_PREEMPTED)
+        self.step = step
+
+
+def init_state(params: Params, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False) -> TrainState:
+    """The state before the first step; optimiser moments take the sharding of their parameters."""
+    opt_state = jax.jit(tx.init)(params)
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, copy, key, jnp.zeros((), jnp.int32))
+
+
+def make_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1, ema_decay: float = 0.0
+) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """A pure (state, frozen, batch) -> (state, metrics). A step that is not finite leaves the weights alone."""
+
+    def step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
+        key = jax.random.fold_in(state.key, state.step)
+        grads, loss_sum, weight, sums = _gradients(loss_fn, state.params, frozen, batch, key, accumulate)
+        scale = 1.0 / jnp.maximum(weight, 1e-8)
+        grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        state = TrainState(
+            state.step + 1,
+            keep(params, state.params),
+            keep(opt_state, state.opt_state),
+            keep(ema, state.ema),
+            state.key,
+            state.skipped + (~finite).astype(jnp.int32),
+        )
+        metrics = {name: total / jnp.maximum(w, 1e-8) for name, (total, w) in sums.items()}
+        return state, {"loss": loss_sum * scale, "grad_norm": norm, "finite": finite, "weight": weight} | metrics
+
+    return step
+
+
+def _gradients(loss_fn: LossFn, params: Params, frozen: Any, batch: Any, key: jax.Array, accumulate: int):
+    """Summed gradients, loss, weight and metric sums over the micro-batches of a batch."""
+
+    def objective(p: Params, part: Any, k: jax.Array):
+        loss_sum, weight, metrics = loss_fn(p, frozen, part, k)
+        return loss_sum, (weight, metrics)
+
+    grad_fn = jax.value_and_grad(objective, has_aux=True)
+
+    def one(part: Any, k: jax.Array):
+        (loss_sum, (weight, metrics)), grads = grad_fn(params, part, k)
+        return grads, loss_sum, weight, metrics
+
+    if accumulate == 1:
+        return one(batch, key)
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % accumulate:
+            raise ValueError(f"accumulate: expected a divisor of the {x.shape[0]} rows, got {accumulate}")
+        # rows are dealt out in turn, so that every device keeps its own rows
+        return jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+
+    parts = jax.tree.map(split, dict(batch))
+    keys = jax.random.split(key, accumulate)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, keys[0]))
+
+    def body(total: Any, x: Any):
+        return jax.tree.map(jnp.add, total, one(*x)), None
+
+    total, _ = jax.lax.scan(body, zero, (parts, keys))
+    return total
+
+
+def lm_loss(arch: ArchSpec, compute: Compute = Compute(), *, chunk: int = 0, z_loss: float = 0.0) -> LossFn:
+    """Next-token cross-entropy of a packed batch, plus z_loss * log(Z)^2 (PaLM, section 5)."""
+
+    def loss_fn(params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array):
+        h_BTD, _ = llama.hidden(params, arch, batch, compute=compute)
+        x_BTD = llama.final_norm(params, arch, h_BTD)
+        logps_BT, lse_BT = token_logps(x_BTD, llama.head_weight(params), batch["targets"], chunk=chunk)
+        weights_BT = batch["weights"]
+        nll = -jnp.sum(logps_BT * weights_BT)
+        weight = jnp.sum(weights_BT)
+        loss = nll + z_loss * jnp.sum(lse_BT**2 * weights_BT) if z_loss else nll
+        return loss, weight, {"nll": (nll, weight)}
+
+    return loss_fn
+
+
+def fit(
+    params: Params,
+    loss_fn: LossFn,
+    batches: Any,
+    *,
+    arch: ArchSpec,
+    optim: OptimConfig,
+    cfg: FitConfig,
+    workdir: str | Path,
+    frozen: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    evaluate: Callable[[Params], dict[str, float]] | None = None,
+    seed: int = 0,
+) -> Params:
+    """Trains to `cfg.steps`, resuming from the newest checkpoint of `workdir`; returns the parameters.
+
+    Raises ValueError when a step is not finite (with the step and the last good checkpoint) and
+    `Preempted` (exit code 75) after SIGTERM.
+    """
+    workdir = Path(workdir)
+    with use_mesh(mesh):
+        tx = make_optimizer(optim, cfg.steps)
+        state = init_state(params, tx, jax.random.key(seed), ema=cfg.ema_decay > 0)
+        del params
+        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=cfg.keep_last, best=cfg.keep_best or None)
+        state = _restore(checkpoints, state, arch, batches)
+        return _Loop(loss_fn, tx, state, batches, frozen, arch, optim, cfg, workdir, mesh, evaluate, checkpoints).run()
+
+
+@dataclass
+class _Loop:
+    loss_fn: LossFn
+    tx: optax.GradientTransformation
+    state: TrainState
+    batches: Any
+    frozen: Any
+    arch: ArchSpec
+    optim: OptimConfig
+    cfg: FitConfig
+    workdir: Path
+    mesh: jax.sharding.Mesh | None
+    evaluate: Callable[[Params], dict[str, float]] | None
+    checkpoints: Checkpoints
+
+    def run(self) -> Params:
+        first = int(self.state.step)
+        if hasattr(self.batches, "bind"):  # RL: batches are sampled from the current weights
+            self.batches.bind(lambda: self.state.params)
+        step_fn = jax.jit(
+            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay), donate_argnums=0
+        )
+        log = RunLog(self.workdir, total_steps=self.cfg.steps)
+        log.truncate(first)
+        clock = _Clock(self.arch, self.cfg, self.optim)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        try:
+            with _Sigterm() as sigterm, _Profiler(self.cfg.profile_steps, self.workdir) as profiler:
+                for step in range(first + 1, self.cfg.steps + 1):
+                    profiler.at(step)
+                    batch = next(self.batches)
+                    self.state, metrics = step_fn(self.state, self.frozen, place_batch(batch, self.mesh))
+                    clock.count(batch)
+                    # one step late: the host does not wait for the step that it has just started
+                    self._check_finite(pending)
+                    pending = (step, metrics)
+                    if step % self.cfg.log_every == 0 or step in (first + 1, self.cfg.steps):
+                        log.write(step, clock.report(step, metrics, self.state, self.batches))
+                    self._validate_and_save(step, log, sigterm.received)
+                    if sigterm.received and step < self.cfg.steps:
+                        raise Preempted(step)
+                self._check_finite(pending)
+        finally:
+            self.checkpoints.wait()
+            log.close()
+        return self.state.ema if self.state.ema is not None else self.state.params
+
+    def _check_finite(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+        if pending is None or self.cfg.on_nonfinite == "skip" or bool(pending[1]["finite"]):
+            return
+        step, metrics = pending
+        position = getattr(self.batches, "last_ids", None)
+        good = self.checkpoints.latest()
+        raise ValueError(
+            f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])} not finite"
+            + (f"; batch ids {position}" if position is not None else "")
+            + (f"; last good checkpoint is step {good}" if good is not None else "; no checkpoint yet")
+            + "; lower the learning rate or set on_nonfinite to skip"
+        )
+
+    def _validate_and_save(self, step: int, log: RunLog, preempted: bool) -> None:
+        cfg, last = self.cfg, step == self.cfg.steps
+        scores: dict[str, float] = {}
+        if self.evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
+            weights = self.state.ema if self.state.ema is not None else self.state.params
+            scores = {f"validation/{k}": v for k, v in self.evaluate(weights).items()}
+            log.write(step, scores)
+        if last or preempted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
+            data_state = self.batches.state()
+            self.checkpoints.save(step, *_to_disk(self.state, self.arch), data_state, scores)
+
+
+def _to_disk(state: TrainState, arch: ArchSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(canonical parameters, canonical everything else) as host arrays; device memory is not doubled."""
+    host = jax.tree.map(lambda x: np.array(x), (state.params, state.opt_state, state.ema))
+    params, opt_state, ema = host
+    rest: dict[str, Any] = {"opt_state": _flat(_canonical(opt_state, arch))}
+    if ema is not None:
+        # what later stages read is the average; the raw weights stay beside it for resuming
+        rest["raw"], params = layout.unstack(params, arch), ema
+    rest |= {"step": np.asarray(state.step), "skipped": np.asarray(state.skipped)}
+    rest["key"] = np.asarray(jax.random.key_data(state.key))
+    return layout.unstack(params, arch), rest
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState, arch: ArchSpec, batches: Any) -> TrainState:
+    """The newest checkpoint's state with the sharding of `state`; `state` itself when there is none."""
+    if (step := checkpoints.latest()) is None:
+        return state
+    params, rest, data_state = checkpoints.restore(step)
+    batches.restore(data_state)
+    opt_state = _from_canonical(state.opt_state, rest["opt_state"], arch)
+    stacked = layout.stack(params, arch)
+    check_same(state.params, stacked, f"checkpoint of step {step}")
+    ema = None
+    if state.ema is not None:
+        ema, stacked = stacked, layout.stack(rest["raw"], arch)
+    key = jax.random.wrap_key_data(jnp.asarray(rest["key"]))
+    host = TrainState(rest["step"], stacked, opt_state, ema, key, rest["skipped"])
+    return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), host, state)
+
+
+def _is_params(node: Any) -> bool:
+    return isinstance(node, dict) and "runs" in node
+
+
+def _canonical(opt_state: Any, arch: ArchSpec) -> Any:
+    return jax.tree.map(lambda n: layout.unstack(n, arch) if _is_params(n) else n, opt_state, is_leaf=_is_params)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return from_paths({jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves})
+
+
+def _from_canonical(like: Any, saved: dict[str, Any], arch: ArchSpec) -> Any:
+    """Optimiser state in the structure of `like` from its canonical flat form on disk."""
+    canonical = _canonical(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like), arch)
+    flat, structure = jax.tree_util.tree_flatten_with_path(canonical)
+    have = paths(saved)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    if missing := [n for n in names if n not in have]:
+        raise ValueError(f"checkpoint: expected optimiser state {missing[0]}, got none; another optimiser wrote it")
+    tree = jax.tree_util.tree_unflatten(structure, [have[n] for n in names])
+
+    def is_canonical(node: Any) -> bool:
+        return isinstance(node, dict) and "layers" in node
+
+    return jax.tree.map(lambda n: layout.stack(n, arch) if is_canonical(n) else n, tree, is_leaf=is_canonical)
+
+
+def flops_per_token(arch: ArchSpec, length: int) -> float:
+    """Training FLOPs a token: 6 for every weight in a matmul, and causal attention at `length` tokens."""
+    matmul = arch.num_block_params() + arch.vocab_size * arch.dim
+    attention = 0
+    for block in arch.blocks:
+        match block.attn:
+            case Attention(window=window):
+                seen = min(window or length, length)
+                attention += 12 * arch.num_heads * arch.head_dim * (seen - seen * seen / (2 * length))
+    return 6.0 * matmul + attention
+
+
+class _Clock:
+    """Tokens per second, share of peak, and the numbers of a log line."""
+
+    def __init__(self, arch: ArchSpec, cfg: FitConfig, optim: OptimConfig):
+        self.arch, self.schedule = arch, make_schedule(optim, cfg.steps)
+        self.peak = peak_flops()
+        self.tokens, self.length, self.total = 0, 1, 0
+        self.start = time.perf_counter()
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+        self.tokens += batch["tokens"].size
+        self.total += batch["tokens"].size
+        self.length = batch["tokens"].shape[1]
+
+    def report(self, step: int, metrics: dict[str, jax.Array], state: TrainState, batches: Any) -> dict[str, float]:
+        values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "finite"}
+        now = time.perf_counter()
+        rate = self.tokens / max(now - self.start, 1e-9)
+        self.tokens, self.start = 0, now
+        values |= {"train/lr": float(self.schedule(step - 1)), "train/skipped": int(state.skipped)}
+        values["performance/tokens_per_second"] = rate
+        if self.peak:
+            values["performance/mfu"] = rate * flops_per_token(self.arch, self.length) / self.peak
+        return values | getattr(batches, "metrics", {})
+
+
+class _Sigterm:
+    """Remembers SIGTERM until the step is over; only the main thread can listen."""
+
+    def __enter__(self) -> _Sigterm:
+        self.received = False
+        try:
+            self.old = signal.signal(signal.SIGTERM, self._receive)
+        except ValueError:  # not the main thread: whoever owns it decides
+            self.old = None
+        return self
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.old is not None:
+            signal.signal(signal.SIGTERM, self.old)
+
+
+class _Profiler:
+    """Writes a trace of steps first:last to workdir/profile."""
+
+    def __init__(self, steps: str, workdir: Path):
+        self.first, self.last, self.dir = -1, -1, workdir / "profile"
+        self.running = False
+        if steps:
+            try:
+                self.first, self.last = (int(s) for s in steps.split(":"))
+            except ValueError:
+                raise ValueError(f"profile_steps: expected first:last such as 10:13, got {steps!r}") from None
+
+    def at(self, step: int) -> None:
+        if step == self.first:
+            jax.profiler.start_trace(str(self.dir))
+            self.running = True
+        elif self.running and step > self.last:
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self.running = False
+
+    def __enter__(self) -> _Profiler:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.running:
+            self._stop()
