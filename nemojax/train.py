@@ -25,11 +25,10 @@ from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.config import field
 from nemojax.log import RunLog
 from nemojax.losses.tokens import token_logps
-from nemojax.model import layout, llama
+from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
 from nemojax.sharding import place_batch, use_mesh
-from nemojax.tree import check_same, from_paths, paths
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -206,8 +205,8 @@ def fit(
         tx = make_optimizer(optim, cfg.steps)
         state = init_state(params, tx, jax.random.key(seed), ema=cfg.ema_decay > 0)
         del params
-        checkpoints = Checkpoints(workdir / "checkpoints", keep_last=cfg.keep_last, best=cfg.keep_best or None)
-        state = _restore(checkpoints, state, arch, batches)
+        checkpoints = Checkpoints(workdir, keep_last=cfg.keep_last, best=cfg.keep_best or None, arch=arch)
+        state = _restore(checkpoints, state, batches)
         return _Loop(loss_fn, tx, state, batches, frozen, arch, optim, cfg, workdir, mesh, evaluate, checkpoints).run()
 
 
@@ -254,7 +253,7 @@ class _Loop:
                         raise Preempted(step)
                 self._check_finite(pending)
         finally:
-            self.checkpoints.wait()
+            self.checkpoints.close()
             log.close()
         return self.state.ema if self.state.ema is not None else self.state.params
 
@@ -262,11 +261,11 @@ class _Loop:
         if pending is None or self.cfg.on_nonfinite == "skip" or bool(pending[1]["finite"]):
             return
         step, metrics = pending
-        position = getattr(self.batches, "last_ids", None)
+        ids = getattr(self.batches, "ids", [])
         good = self.checkpoints.latest()
         raise ValueError(
             f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])} not finite"
-            + (f"; batch ids {position}" if position is not None else "")
+            + (f"; batch {', '.join(map(str, ids[:8]))}" if ids else "")
             + (f"; last good checkpoint is step {good}" if good is not None else "; no checkpoint yet")
             + "; lower the learning rate or set on_nonfinite to skip"
         )
@@ -279,67 +278,28 @@ class _Loop:
             scores = {f"validation/{k}": v for k, v in self.evaluate(weights).items()}
             log.write(step, scores)
         if last or preempted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
-            data_state = self.batches.state()
-            self.checkpoints.save(step, *_to_disk(self.state, self.arch), data_state, scores)
+            self.checkpoints.save(step, *_to_save(self.state), self.batches.state(), scores)
 
 
-def _to_disk(state: TrainState, arch: ArchSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(canonical parameters, canonical everything else) as host arrays; device memory is not doubled."""
-    host = jax.tree.map(lambda x: np.array(x), (state.params, state.opt_state, state.ema))
-    params, opt_state, ema = host
-    rest: dict[str, Any] = {"opt_state": _flat(_canonical(opt_state, arch))}
-    if ema is not None:
-        # what later stages read is the average; the raw weights stay beside it for resuming
-        rest["raw"], params = layout.unstack(params, arch), ema
-    rest |= {"step": np.asarray(state.step), "skipped": np.asarray(state.skipped)}
-    rest["key"] = np.asarray(jax.random.key_data(state.key))
-    return layout.unstack(params, arch), rest
+def _to_save(state: TrainState) -> tuple[Params, dict[str, Any]]:
+    """(what later stages read, all else that resuming needs): with an average, that is what they read."""
+    rest = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+    rest["key"] = jax.random.key_data(state.key)
+    if state.ema is None:
+        return state.params, rest
+    return state.ema, rest | {"raw": state.params}
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState, arch: ArchSpec, batches: Any) -> TrainState:
-    """The newest checkpoint's state with the sharding of `state`; `state` itself when there is none."""
+def _restore(checkpoints: Checkpoints, state: TrainState, batches: Any) -> TrainState:
+    """The newest checkpoint in the shardings of `state`; `state` itself when there is none."""
     if (step := checkpoints.latest()) is None:
         return state
-    params, rest, data_state = checkpoints.restore(step)
-    batches.restore(data_state)
-    opt_state = _from_canonical(state.opt_state, rest["opt_state"], arch)
-    stacked = layout.stack(params, arch)
-    check_same(state.params, stacked, f"checkpoint of step {step}")
-    ema = None
-    if state.ema is not None:
-        ema, stacked = stacked, layout.stack(rest["raw"], arch)
-    key = jax.random.wrap_key_data(jnp.asarray(rest["key"]))
-    host = TrainState(rest["step"], stacked, opt_state, ema, key, rest["skipped"])
-    return jax.tree.map(lambda new, old: jax.device_put(jnp.asarray(new, old.dtype), old.sharding), host, state)
-
-
-def _is_params(node: Any) -> bool:
-    return isinstance(node, dict) and "runs" in node
-
-
-def _canonical(opt_state: Any, arch: ArchSpec) -> Any:
-    return jax.tree.map(lambda n: layout.unstack(n, arch) if _is_params(n) else n, opt_state, is_leaf=_is_params)
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return from_paths({jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves})
-
-
-def _from_canonical(like: Any, saved: dict[str, Any], arch: ArchSpec) -> Any:
-    """Optimiser state in the structure of `like` from its canonical flat form on disk."""
-    canonical = _canonical(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like), arch)
-    flat, structure = jax.tree_util.tree_flatten_with_path(canonical)
-    have = paths(saved)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    if missing := [n for n in names if n not in have]:
-        raise ValueError(f"checkpoint: expected optimiser state {missing[0]}, got none; another optimiser wrote it")
-    tree = jax.tree_util.tree_unflatten(structure, [have[n] for n in names])
-
-    def is_canonical(node: Any) -> bool:
-        return isinstance(node, dict) and "layers" in node
-
-    return jax.tree.map(lambda n: layout.stack(n, arch) if is_canonical(n) else n, tree, is_leaf=is_canonical)
+    main, rest = _to_save(state)
+    main, rest = checkpoints.restore_params(step, main), checkpoints.restore_state(step, rest)
+    batches.restore(checkpoints.restore_data(step))
+    params, ema = (main, None) if state.ema is None else (rest["raw"], main)
+    key = jax.random.wrap_key_data(rest["key"])
+    return TrainState(rest["step"], params, rest["opt_state"], ema, key, rest["skipped"])
 
 
 def flops_per_token(arch: ArchSpec, length: int) -> float:
