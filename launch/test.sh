@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Usage: bash launch/test.sh [--all] [pytest arguments]
+# Installs the test environment into .venv, then checks format, lint, types and tests. --all adds the slow
+# tests: real kills, several processes, other library versions, browsers, long compilations.
+set -euo pipefail
+SECONDS=0
+MARKERS=(-m "not slow")
+if [ "${1:-}" = "--all" ]; then
+  MARKERS=()
+  shift
+fi
+source "$(dirname "$0")/environment.sh"
+# A CPU build of torch first, so that nothing asks for the CUDA one.
+prepare torch torch ${NEMOJAX_TORCH_INDEX:+--index-url "$NEMOJAX_TORCH_INDEX"}
+prepare test -e ".[test,dev]"
+export PATH="$PWD/$VENV/bin:$PATH"
+
+ruff format --check .
+ruff check .
+if pyright --version > /dev/null 2>&1; then
+  pyright --pythonpath "$VENV/bin/python"
+else
+  echo "skipped: pyright (it needs node, and could neither find nor fetch one)"
+fi
+echo "lint and types: ${SECONDS} s"
+
+# One worker a core up to eight; tests of one file stay together, since they share compiled functions.
+WORKERS=$(getconf _NPROCESSORS_ONLN)
+[ "$WORKERS" -gt 8 ] && WORKERS=8
+python -m pytest -q -rs -n "$WORKERS" --dist loadfile "${MARKERS[@]}" "$@"
+echo "passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"
