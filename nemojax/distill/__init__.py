@@ -1,0 +1,1 @@
+"""Distillation: a child learns from its parent, both in one program."""
