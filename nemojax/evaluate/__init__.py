@@ -1,0 +1,1 @@
+"""Measuring models: held-out loss, pass@1 on checkable problems, latency."""

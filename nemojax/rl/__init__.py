@@ -1,0 +1,1 @@
+"""Reinforcement learning from verifiable rewards: the training loop, with batches that are sampled."""

@@ -1,0 +1,145 @@
+"""The sampler against the cacheless model, and against itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
+from nemojax.data.examples import Example
+from nemojax.data.packing import row_per_example
+from nemojax.generate.engine import generate
+from nemojax.generate.sampling import SamplingConfig, log_distribution, make_controls, sample
+from nemojax.losses.policy import policy_logps
+from nemojax.model.llama import apply, init_params
+
+ARCH = ArchSpec(
+    vocab_size=64,
+    dim=32,
+    num_heads=4,
+    head_dim=8,
+    context=96,
+    blocks=(
+        BlockSpec(Attention(2), SwiGLU(48)),
+        BlockSpec(Attention(2), SwiGLU(48)),
+        BlockSpec(NoOp(), SwiGLU(32)),
+        BlockSpec(NoOp(), NoOp()),
+        BlockSpec(Linear(), NoOp()),
+        BlockSpec(Attention(1, window=6), Linear()),
+        BlockSpec(Attention(4), NoOp()),
+    ),
+)
+EOS = 3
+
+
+@pytest.fixture(scope="module")
+def params():
+    # a sharper model than a fresh one: logits of several nats, so that errors would show
+    return jax.tree.map(lambda w: w * 1.5, init_params(ARCH, jax.random.key(0)))
+
+
+def make_prompts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, 64, size=rng.integers(2, 14)).tolist() for _ in range(count)]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def trainer_logps(params, batch, temperature=1.0):
+    return policy_logps(params, ARCH, batch, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree(params, temperature):
+    prompts = make_prompts(20)
+    out = generate(
+        params, ARCH, prompts, jax.random.key(1), SamplingConfig(temperature=temperature, max_new_tokens=24), [EOS],
+        max_batch=16,
+    )  # fmt: skip
+    examples = [
+        Example(np.array(p + c.tokens), np.array([0.0] * len(p) + [1.0] * len(c.tokens)))
+        for p, c in zip(prompts, out, strict=True)
+    ]
+    batch = row_per_example(examples, 64, pad_id=0)
+    logps = np.asarray(trainer_logps(params, batch, temperature))
+    for i, (p, c) in enumerate(zip(prompts, out, strict=True)):
+        got = logps[i, len(p) - 1 : len(p) - 1 + len(c.tokens)]
+        np.testing.assert_allclose(got, c.logprobs, atol=1e-4)
+        assert c.finished == (c.tokens[-1] == EOS)
+        assert c.finished or len(c.tokens) == 24
+    assert 0 < sum(c.finished for c in out)
+
+
+def test_greedy_equals_a_loop_without_cache(params):
+    prompts = make_prompts(3, seed=5)
+    out = generate(params, ARCH, prompts, jax.random.key(0), SamplingConfig(temperature=0, max_new_tokens=12), [])
+    forward = jax.jit(lambda p, tokens: apply(p, ARCH, {"tokens": tokens})[0])
+    for prompt, completion in zip(prompts, out, strict=True):
+        tokens = list(prompt)
+        for _ in range(12):
+            padded = np.zeros((1, 32), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(jnp.argmax(forward(params, padded)[0, len(tokens) - 1])))
+        assert completion.tokens == tokens[len(prompt) :]
+        assert completion.logprobs == [0.0] * 12 and not completion.finished
+
+
+def test_rows_do_not_see_each_other(params):
+    """Other prompts, other slots and a refill change nothing for request 0, bitwise."""
+    sampling, key = SamplingConfig(max_new_tokens=24), jax.random.key(7)
+    first = make_prompts(20)
+    other = first[:1] + make_prompts(19, seed=9)
+    a = generate(params, ARCH, first, key, sampling, [EOS], max_batch=16)
+    b = generate(params, ARCH, other, key, sampling, [EOS], max_batch=16)
+    assert a[0] == b[0]
+    assert a[1] != b[1]
+    assert generate(params, ARCH, first, key, sampling, [EOS], max_batch=16) == a
+
+
+def test_same_prompt_different_requests_differ(params):
+    out = generate(params, ARCH, [[5, 6, 7]] * 8, jax.random.key(0), SamplingConfig(max_new_tokens=16), [])
+    assert len({tuple(c.tokens) for c in out}) == 8
+
+
+def test_context_limits_new_tokens(params):
+    (out,) = generate(
+        params, ARCH, [[5] * 90], jax.random.key(0), SamplingConfig(max_new_tokens=24, temperature=0), []
+    )
+    assert len(out.tokens) == 6 and not out.finished
+
+
+@pytest.mark.parametrize(
+    "prompt, message", [([], "at least one token"), ([5] * 96, "fewer than 96"), ([64], "below 64")]
+)
+def test_bad_prompts_are_refused(params, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        generate(params, ARCH, [prompt], jax.random.key(0))
+
+
+def test_truncated_distributions():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 3))
+    controls = make_controls(SamplingConfig(), 3)._replace(
+        top_k_B=jnp.array([2, 0, 3]), top_p_B=jnp.array([1.0, 0.7, 0.6])
+    )
+    probs = np.exp(log_distribution(logits, controls, True))
+    want = [[0.625, 0.375, 0, 0], [0.625, 0.375, 0, 0], [0.625, 0.375, 0, 0]]
+    # row 2: of the three kept, 0.526 and 0.316 are needed to reach 0.6
+    np.testing.assert_allclose(probs, want, atol=1e-6)
+
+
+def test_samples_follow_the_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    n = 4000
+    controls = make_controls(SamplingConfig(temperature=0.5, top_k=3), n)
+    keys = jax.random.split(jax.random.key(0), n)
+    tokens, logps = sample(jnp.tile(logits, (n, 1)), keys, controls, True)
+    want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / n, want, atol=0.03)
+    np.testing.assert_allclose(np.exp(logps), want[tokens], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}])
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        SamplingConfig(**bad)
