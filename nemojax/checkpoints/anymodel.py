@@ -17,7 +17,9 @@ def configs_from_blocks(arch: ArchSpec) -> list[dict[str, Any]]:
     out = []
     for i, block in enumerate(arch.blocks):
         if isinstance(block.attn, Attention) and block.attn.window is not None:
-            raise ValueError(f"anymodel: layer {i}: window: expected none, got {block.attn.window}; use --format=decilm")
+            raise ValueError(
+                f"anymodel: layer {i}: window: expected none, got {block.attn.window}; use --format=decilm"
+            )
         attention = {
             **_flags(block.attn),
             "weights_precision": None,
@@ -43,7 +45,9 @@ def blocks_from_configs(configs: Any, where: str) -> tuple[BlockSpec, ...]:
     for i, config in enumerate(configs):
         attention, ffn = config.get("attention"), config.get("ffn")
         if not isinstance(attention, Mapping) or not isinstance(ffn, Mapping):
-            raise ValueError(f"{where}: layer {i}: expected a block config with attention and ffn, got {config!r}")
+            raise ValueError(
+                f"{where}: layer {i}: expected a block config with attention and ffn, got {config!r}"
+            )
         for key in ("llama4", "mamba", "moe"):
             if attention.get(key) or ffn.get(key):
                 raise ValueError(f"{where}: layer {i}: {key}: expected null; only Llama blocks are supported")

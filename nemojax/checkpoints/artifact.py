@@ -30,7 +30,13 @@ class Checkpoints:
     the memory layout of `arch` (read from `dir/arch.json` when not given); canonical ones pass unchanged.
     """
 
-    def __init__(self, dir: str | os.PathLike, keep_last: int = 2, best: str | None = None, arch: ArchSpec | None = None):
+    def __init__(
+        self,
+        dir: str | os.PathLike,
+        keep_last: int = 2,
+        best: str | None = None,
+        arch: ArchSpec | None = None,
+    ):
         import orbax.checkpoint as ocp
 
         self.dir = Path(dir).absolute()
@@ -68,7 +74,9 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        items: dict[str, Any] = {"params": ocp.args.PyTreeSave(store.nested(store.canonical(params, self.arch)))}
+        items: dict[str, Any] = {
+            "params": ocp.args.PyTreeSave(store.nested(store.canonical(params, self.arch)))
+        }
         flat_state = store.canonical(state, self.arch) if state is not None else {}
         if flat_state:
             items["state"] = ocp.args.PyTreeSave(store.nested(flat_state))
@@ -154,12 +162,21 @@ def load_params(
     artifact = Path(artifact).absolute()
     arch = arch if arch is not None else _read_arch(artifact)
     if arch is None:
-        raise ValueError(f"{artifact}: expected an artifact with arch.json, got none; run `nemojax import` first")
+        raise ValueError(
+            f"{artifact}: expected an artifact with arch.json, got none; run `nemojax import` first"
+        )
     reader = params_reader(artifact, step)
-    names = [(f"layers/{i}/{sub}/{w}") for i, layer in layer_shapes(arch).items() for sub in layer for w in layer[sub]]
+    names = [
+        (f"layers/{i}/{sub}/{w}")
+        for i, layer in layer_shapes(arch).items()
+        for sub in layer
+        for w in layer[sub]
+    ]
     names += list(outer_shapes(arch))
     if extra := sorted(set(reader.leaves) - set(names)):
-        raise ValueError(f"{reader.path}: {extra[0]}: not in arch.json ({len(extra)} such); arch and checkpoint disagree")
+        raise ValueError(
+            f"{reader.path}: {extra[0]}: not in arch.json ({len(extra)} such); arch and checkpoint disagree"
+        )
     wanted: dict[str, Any] = {}
     for path, shape in memory_shapes(arch).items():
         first = path if (where := store.split_run(path, arch)) is None else f"layers/{where[2][0]}{where[1]}"
@@ -224,13 +241,18 @@ def params_reader(artifact: str | os.PathLike, step: int | None = None) -> store
     artifact = Path(artifact).absolute()
     step = final_step(artifact) if step is None else step
     if step not in finished_steps(artifact):
-        raise ValueError(f"{artifact}: no checkpoint of step {step}; finished steps are {finished_steps(artifact)}")
+        raise ValueError(
+            f"{artifact}: no checkpoint of step {step}; finished steps are {finished_steps(artifact)}"
+        )
     return store.Reader(artifact / "checkpoints" / str(step) / "params")
 
 
 def outer_shapes(arch: ArchSpec) -> dict[str, tuple[int, ...]]:
     """Canonical paths and shapes of what is outside the blocks."""
-    shapes: dict[str, tuple[int, ...]] = {"embed/weight": (arch.vocab_size, arch.dim), "norm/scale": (arch.dim,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed/weight": (arch.vocab_size, arch.dim),
+        "norm/scale": (arch.dim,),
+    }
     if not arch.tie_embeddings:
         shapes["head/weight"] = (arch.vocab_size, arch.dim)
     return shapes
@@ -262,7 +284,9 @@ def _check_format(root: Path) -> None:
     try:
         version = json.loads(path.read_text()).get("format_version")
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a format version, got unreadable text; the directory is damaged") from error
+        raise ValueError(
+            f"{path}: expected a format version, got unreadable text; the directory is damaged"
+        ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}; "
@@ -299,11 +323,17 @@ def _policy(keep_last: int, best: tuple[str, str] | None) -> Any:
 
 def _write_error(dir: Path, step: int | None, error: Exception) -> Exception:
     text = str(error)
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "RESOURCE_EXHAUSTED" in text
+    full = (
+        getattr(error, "errno", None) == errno.ENOSPC
+        or "No space left" in text
+        or "RESOURCE_EXHAUSTED" in text
+    )
     if full:
         return ValueError(f"{dir}: no space left while saving step {step}; free some and run again to resume")
     if isinstance(error, OSError | ValueError):
-        return ValueError(f"{dir}: could not save step {step} ({text.splitlines()[0][:200] if text else error!r})")
+        return ValueError(
+            f"{dir}: could not save step {step} ({text.splitlines()[0][:200] if text else error!r})"
+        )
     return error
 
 

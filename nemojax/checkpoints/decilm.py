@@ -46,9 +46,13 @@ def blocks_from_configs(configs: Any, dim: int, num_heads: int, where: str) -> t
     blocks = []
     for i, config in enumerate(configs):
         if not isinstance(config, Mapping) or not isinstance(config.get("attention"), Mapping):
-            raise ValueError(f"{where}: layer {i}: expected a block config with attention and ffn, got {config!r}")
+            raise ValueError(
+                f"{where}: layer {i}: expected a block config with attention and ffn, got {config!r}"
+            )
         if not isinstance(config.get("ffn"), Mapping):
-            raise ValueError(f"{where}: layer {i}: expected a block config with attention and ffn, got {config!r}")
+            raise ValueError(
+                f"{where}: layer {i}: expected a block config with attention and ffn, got {config!r}"
+            )
         at = f"{where}: layer {i}"
         blocks.append(BlockSpec(_attention(config["attention"], num_heads, at), _ffn(config["ffn"], dim, at)))
     return tuple(blocks)
@@ -62,7 +66,10 @@ def configs_from_blocks(arch: ArchSpec, original: Any = None) -> list[dict[str, 
     out = []
     for i, block in enumerate(arch.blocks):
         entry = {"attention": _attention_entry(block.attn, arch), "ffn": _ffn_entry(block.ffn, arch)}
-        if kept is not None and blocks_from_configs([kept[i]], arch.dim, arch.num_heads, "original")[0] == block:
+        if (
+            kept is not None
+            and blocks_from_configs([kept[i]], arch.dim, arch.num_heads, "original")[0] == block
+        ):
             entry = kept[i]
         out.append(entry)
     return out
@@ -78,7 +85,9 @@ def check_expressible(arch: ArchSpec) -> None:
     for i, block in enumerate(arch.blocks):
         match block.ffn:
             case SwiGLU(width=width) if width % MULTIPLE:
-                near = ", ".join(str(w) for w in (width // MULTIPLE * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE) if w)
+                near = ", ".join(
+                    str(w) for w in (width // MULTIPLE * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE) if w
+                )
                 raise ValueError(
                     f"decilm: layer {i}: ffn width: expected a multiple of {MULTIPLE}, got {width}; "
                     f"the nearest are {near}, or use --format=anymodel"
@@ -96,10 +105,14 @@ def loader_warnings(arch: ArchSpec) -> list[str]:
         warnings.append(f"KV heads differ between layers ({kv_heads}): SGLang refuses this, vLLM is unproven")
     windows = [i for i, attn in real if attn.window is not None]
     if windows:
-        warnings.append(f"layer {windows[0]} has a sliding window: vLLM, SGLang, TensorRT-LLM and llama.cpp ignore it")
+        warnings.append(
+            f"layer {windows[0]} has a sliding window: vLLM, SGLang, TensorRT-LLM and llama.cpp ignore it"
+        )
     linear = [i for i, b in enumerate(arch.blocks) if isinstance(b.attn, Linear) or isinstance(b.ffn, Linear)]
     if linear:
-        warnings.append(f"layer {linear[0]} has a linear sub-block: vLLM, SGLang and Megatron-Bridge do not load it")
+        warnings.append(
+            f"layer {linear[0]} has a linear sub-block: vLLM, SGLang and Megatron-Bridge do not load it"
+        )
     if any(isinstance(b.ffn, Linear) for b in arch.blocks):
         warnings.append("a linear feed-forward: llama.cpp takes it for an empty one")
     return warnings
@@ -115,7 +128,9 @@ def _attention(entry: Mapping[str, Any], num_heads: int, where: str) -> AttnSpec
     if not isinstance(group, int) or group < 1 or num_heads % group:
         raise ValueError(f"{where}: n_heads_in_group: expected a divisor of {num_heads} heads, got {group!r}")
     if entry.get("num_sink_tokens"):
-        raise ValueError(f"{where}: num_sink_tokens: expected null, got {entry['num_sink_tokens']}; sinks are unsupported")
+        raise ValueError(
+            f"{where}: num_sink_tokens: expected null, got {entry['num_sink_tokens']}; sinks are unsupported"
+        )
     return Attention(num_heads // group, entry.get("window_length"))
 
 
@@ -137,7 +152,9 @@ def _check_flags(entry: Mapping[str, Any], known: tuple[str, ...], where: str) -
     if entry.get("no_op") and entry.get("replace_with_linear"):
         raise ValueError(f"{where}: expected no_op or replace_with_linear, got both")
     if entry.get("sparsify"):
-        raise ValueError(f"{where}: sparsify: expected null, got {entry['sparsify']!r}; sparse weights are unsupported")
+        raise ValueError(
+            f"{where}: sparsify: expected null, got {entry['sparsify']!r}; sparse weights are unsupported"
+        )
 
 
 def _attention_entry(attn: AttnSpec, arch: ArchSpec) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def handler() -> Any:
             args = args or [type_handlers.SaveArgs()] * len(values)
             for batch in _batches([value.nbytes for value in values]):
                 arrays: Any = [values[i].load() for i in batch]
-                await super()._background_serialize(arrays, [infos[i] for i in batch], [args[i] for i in batch])
+                await super()._background_serialize(
+                    arrays, [infos[i] for i in batch], [args[i] for i in batch]
+                )
 
         async def serialize(self, values, infos, args=None):
             from orbax.checkpoint import future
@@ -145,7 +147,8 @@ class Reader:
             raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
         tree = getattr(metadata, "tree", metadata)
         self.leaves: dict[str, jax.ShapeDtypeStruct] = {
-            name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flat_paths(tree).items()
+            name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+            for name, leaf in flat_paths(tree).items()
         }
 
     def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -155,7 +158,9 @@ class Reader:
         names = list(names)
         if missing := [name for name in names if name not in self.leaves]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{self.path}: expected {missing[0]}{more}, got none; arch and checkpoint disagree")
+            raise ValueError(
+                f"{self.path}: expected {missing[0]}{more}, got none; arch and checkpoint disagree"
+            )
         if not names:
             return {}
         item = from_paths({name: self.leaves[name] for name in names})
@@ -191,7 +196,9 @@ class Reader:
             got = self.leaves.get(name)
             if got is None or tuple(got.shape) != want:
                 found = "none" if got is None else tuple(got.shape)
-                raise ValueError(f"{self.path}: {name}: expected shape {want}, got {found}; use the same configuration")
+                raise ValueError(
+                    f"{self.path}: {name}: expected shape {want}, got {found}; use the same configuration"
+                )
 
 
 def _batches(sizes: Iterable[int]) -> list[list[int]]:

@@ -1,0 +1,181 @@
+"""Hugging Face directories in and out: a tensor or a shard at a time, bitwise, all or nothing.
+
+Import streams: Orbax is handed arrays that read their tensor when they are written, so host memory holds
+a bounded batch (`store.LAZY_BYTES`, or the largest tensor). Export reads one output shard at a time. The
+original config.json and generation_config.json stay beside the architecture, in `ARTIFACT/hf/`, so that an
+unchanged model is exported key by key as it came. Both write under a temporary name and rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nemojax.arch import ArchSpec, load_arch
+from nemojax.checkpoints import decilm, hf_weights, side_files
+from nemojax.checkpoints.artifact import Checkpoints, params_reader
+from nemojax.checkpoints.hf_config import FORMATS, Format, arch_from_config, choose_format, config_from_arch
+from nemojax.checkpoints.store import Reader, nested
+
+MAX_SHARD_BYTES = 5_000_000_000
+_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `size` in bytes of weights; `warnings` name loaders that will not take it."""
+
+    path: Path
+    format: Format
+    num_tensors: int
+    size: int
+    warnings: tuple[str, ...]
+
+
+def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str | None = None) -> ArchSpec:
+    """Makes an artifact of a Llama or DeciLM checkpoint: a directory, or a hub name (with `revision`).
+
+    dtypes are kept. ValueError names the key, tensor or file that is not as expected; nothing is left then.
+    """
+    source = _find_source(src, revision)
+    target = Path(artifact).absolute()
+    config_path = source / "config.json"
+    config = side_files.read_json(config_path)
+    arch = arch_from_config(config, str(config_path))
+    tensors = hf_weights.SafetensorsDir(source)
+    weights = hf_weights.match_weights(tensors, arch)
+    with _new_directory(target) as partial:
+        (partial / "arch.json").write_text(arch.dumps())
+        (partial / "hf").mkdir()
+        for name in ("config.json", "generation_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / "hf" / name)
+        side_files.copy_tokenizer(source, partial / "tokenizer", arch.vocab_size)
+        checkpoints = Checkpoints(partial, keep_last=1, arch=arch)
+        checkpoints.save(0, nested(hf_weights.lazy_params(tensors, weights)))
+        checkpoints.close()
+    return arch
+
+
+def export_hf(
+    artifact: str | os.PathLike,
+    out: str | os.PathLike,
+    format: Format | Literal["auto"] = "auto",
+    step: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes a directory for transformers, vLLM, TensorRT-LLM or llama.cpp (`llama`, `decilm`) or NVIDIA
+    Model Optimizer (`anymodel`); `auto` is llama when all layers are equal, else decilm.
+
+    `step` defaults to the newest. ValueError names layer and value of what the format cannot say.
+    """
+    artifact = Path(artifact).absolute()
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"format: expected auto, {', '.join(FORMATS)}, got {format!r}")
+    if not (artifact / "arch.json").is_file():
+        raise ValueError(
+            f"{artifact}: expected an artifact with arch.json, got none; run `nemojax import` first"
+        )
+    arch = load_arch(artifact / "arch.json")
+    reader = params_reader(artifact, step)
+    original_path = artifact / "hf" / "config.json"
+    original = side_files.read_json(original_path) if original_path.is_file() else None
+    kind = _choose(arch, original) if format == "auto" else format
+    ids = side_files.special_tokens(artifact / "tokenizer")
+    config = config_from_arch(arch, kind, original, _dtype_name(reader), ids)
+    side_files.check_vocabulary(artifact / "tokenizer", arch.vocab_size)
+    weights = hf_weights.weights_of(arch)
+    with _new_directory(Path(out).absolute(), overwrite) as partial:
+        side_files.write_json(partial / "config.json", config)
+        if generation := side_files.generation_config(artifact, ids):
+            side_files.write_json(partial / "generation_config.json", generation)
+        side_files.export_tokenizer(artifact / "tokenizer", partial)
+        if kind == "decilm":
+            _copy_model_code(partial)
+        size = _write_weights(partial, reader, weights, max_shard_bytes)
+    warnings = tuple(decilm.loader_warnings(arch)) if kind == "decilm" else ()
+    return Exported(Path(out).absolute(), kind, len(weights), size, warnings)
+
+
+def _choose(arch: ArchSpec, original: dict[str, Any] | None) -> Format:
+    """As it came in when it still is that; otherwise by the layers."""
+    if original is not None:
+        with contextlib.suppress(ValueError):
+            if original.get("model_type") == "nemotron-nas" and arch_from_config(original, "") == arch:
+                return "decilm"
+    return choose_format(arch)
+
+
+def _write_weights(out: Path, reader: Reader, weights: list[hf_weights.Weight], max_shard_bytes: int) -> int:
+    by_name = {w.name: w for w in weights}
+    if missing := [w.path for w in weights if w.path not in reader.leaves]:
+        raise ValueError(f"{reader.path}: expected {missing[0]}, got none; arch and checkpoint disagree")
+    sizes = {}
+    for w in weights:
+        leaf = reader.leaves[w.path]
+        if tuple(leaf.shape) != w.shape:
+            raise ValueError(
+                f"{reader.path}: {w.path}: expected {w.shape}, got {tuple(leaf.shape)}; arch.json disagrees"
+            )
+        sizes[w.name] = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+    def read(names: list[str]) -> dict[str, np.ndarray]:
+        arrays = reader.read(by_name[n].path for n in names)
+        return {n: by_name[n].to_hf(arrays.pop(by_name[n].path)) for n in names}
+
+    return hf_weights.write_shards(out, hf_weights.plan_shards(sizes, max_shard_bytes), read)
+
+
+def _copy_model_code(out: Path) -> None:
+    code = Path(__file__).parent / "hf_files"
+    for name in ("configuration_decilm.py", "modeling_decilm.py"):
+        shutil.copyfile(code / name, out / name)
+
+
+def _dtype_name(reader: Reader) -> str:
+    """Of the embedding: what transformers calls torch_dtype."""
+    return str(np.dtype(reader.leaves["embed/weight"].dtype).name)
+
+
+def _find_source(src: str | os.PathLike, revision: str | None) -> Path:
+    path = Path(src)
+    if path.is_dir():
+        return path.absolute()
+    if path.exists() or str(src).startswith((".", "/", "~")) or str(src).count("/") != 1:
+        raise ValueError(f"{src}: expected a model directory or a hub name such as org/model, got neither")
+    from huggingface_hub import snapshot_download
+
+    try:  # token, endpoint and cache come from huggingface_hub's own environment and login
+        return Path(snapshot_download(str(src), revision=revision, allow_patterns=list(_WANTED)))
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{src}: no such directory, and the hub does not give it ({line[:200]})") from error
+
+
+@contextlib.contextmanager
+def _new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` when the body succeeds and vanishes when it does not."""
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not overwrite:
+        raise ValueError(f"{target}: already exists; remove it or choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
