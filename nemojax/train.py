@@ -106,7 +106,7 @@ def make_step(
         grads, loss_sum, weight, sums = _gradients(loss_fn, state.params, frozen, batch, key, accumulate)
         scale = 1.0 / jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
