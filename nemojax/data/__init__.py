@@ -1,0 +1,1 @@
+"""Text, conversations and problems, turned into packed rows of tokens."""

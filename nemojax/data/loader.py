@@ -1,0 +1,196 @@
+"""Endless, shuffled, weighted batches with exact resume.
+
+Grain draws the order of documents (random access, so a position is its whole state); `Packer` turns
+them into rows. Every process draws the same order and keeps every n-th row, so the global batch does
+not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nemojax.data.examples import Example, Examples, LongPolicy, StoredExamples, mean_size, split_example
+from nemojax.data.packing import Batch, Packer, Reference, make_batch
+
+ENDLESS = 2**62
+
+
+class Shuffled:
+    """Endless (source, index) pairs: each epoch is a new permutation, drawn from (seed, epoch).
+
+    Grain's own index shuffle walks a cipher over at least 2**16 values, which costs milliseconds an
+    element on collections of a few documents.
+    """
+
+    def __init__(self, source: int, size: int, seed: int):
+        self.source, self.size, self.seed = source, size, seed
+        self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, self.source, epoch)).permutation(self.size)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, place = divmod(index, self.size)
+        return self.source, int(self._epoch(epoch)[place])
+
+    def __repr__(self) -> str:
+        return f"Shuffled(source={self.source}, size={self.size}, seed={self.seed})"
+
+
+class Loader:
+    """An endless iterator of batches; `state()` is JSON-able and `restore` continues bit-identically."""
+
+    def __init__(
+        self,
+        sources: Sequence[Examples],
+        document_weights: Sequence[float],
+        *,
+        batch_size: int,
+        length: int,
+        seed: int,
+        pad_id: int,
+        long: LongPolicy,
+        lookahead: int,
+        process_index: int,
+        process_count: int,
+    ):
+        import grain
+
+        self.sources, self.length, self.pad_id, self.long = sources, length, pad_id, long
+        self.batch_size, self.process_index, self.process_count = batch_size, process_index, process_count
+        streams = [
+            grain.MapDataset.source(Shuffled(number, len(source), seed))
+            for number, source in enumerate(sources)
+        ]
+        mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, list(document_weights))
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
+        self._order = iter(mixed.to_iter_dataset(options))
+        self._packer = Packer(length, lookahead)
+        self._rows: list[list[Reference]] = []
+        self._used: list[list[Reference]] = []
+        identity = [
+            seed,
+            length,
+            long,
+            lookahead,
+            [len(s) for s in sources],
+            [float(w) for w in document_weights],
+        ]
+        self._identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        """tokens, targets, segments, positions i32 and weights f32, each [batch_size, length]."""
+        needed = self.batch_size * self.process_count
+        while len(self._rows) < needed:
+            self._draw()
+        mine = self._rows[self.process_index : needed : self.process_count]
+        self._rows, self._used = self._rows[needed:], mine
+        return make_batch([[self._piece(r) for r in row] for row in mine], self.length, self.pad_id)
+
+    def _draw(self) -> None:
+        source, index = next(self._order)
+        for number, piece in enumerate(self._pieces(source, index)):
+            self._rows += self._packer.add(piece.size, (source, index, number))
+
+    def _pieces(self, source: int, index: int) -> list[Example]:
+        return split_example(self.sources[source][index], self.length, self.long, f"source {source}, {index}")
+
+    def _piece(self, reference: Reference) -> Example:
+        source, index, number = reference
+        return self._pieces(source, index)[number]
+
+    @property
+    def ids(self) -> list[str]:
+        """For each row of the last batch, its documents as `source:index:piece`, joined by spaces."""
+        return [" ".join(":".join(map(str, reference)) for reference in row) for row in self._used]
+
+    def state(self) -> dict[str, Any]:
+        """Where the order, the open rows and the waiting rows stand; the same in every process."""
+        return {
+            "identity": self._identity,
+            "order": self._order.get_state(),
+            "packer": self._packer.state(),
+            "rows": [[list(reference) for reference in row] for row in self._rows],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the batch that preceded `state()`; ValueError if the data differ."""
+        if state.get("identity") != self._identity:
+            raise ValueError(
+                f"data state: expected identity {self._identity}, got {state.get('identity')}; the sources, "
+                "their weights, seed or length changed, so start a new work directory"
+            )
+        self._order.set_state(state["order"])
+        self._packer.restore(state["packer"])
+        self._rows = [[tuple(reference) for reference in row] for row in state["rows"]]
+
+
+def make_loader(
+    sources: Sequence[Examples],
+    weights: Sequence[float] | None = None,
+    *,
+    batch_size: int,
+    length: int,
+    pad_id: int,
+    seed: int = 0,
+    long: LongPolicy = "split",
+    lookahead: int = 32,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Loader:
+    """A `Loader` of packed rows over several collections of examples.
+
+    `weights`: share of the *tokens* that comes from each source (None: all equal). `batch_size`: rows of
+    this process; the global batch has `batch_size * process_count` rows of `length` positions.
+    """
+    shares = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
+    if len(shares) != len(sources) or not sources:
+        raise ValueError(f"loader: expected a weight for each of {len(sources)} sources, got {len(shares)}")
+    if min(shares) <= 0:
+        raise ValueError(f"loader: expected positive weights, got {shares}; leave unused sources out")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"loader: expected process_index < {process_count}, got {process_index}")
+    sources = [_in_pieces(source, length, long) for source in sources]
+    sizes = [mean_size(source, length, long) for source in sources]
+    for number, size in enumerate(sizes):
+        if not size:
+            raise ValueError(
+                f"loader: source {number} has no usable document among {len(sources[number])} "
+                f"(length={length}, long={long!r})"
+            )
+    documents = np.asarray([share / size for share, size in zip(shares, sizes, strict=True)])
+    return Loader(
+        sources,
+        [round(float(w), 9) for w in documents / documents.sum()],
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        pad_id=pad_id,
+        long=long,
+        lookahead=lookahead,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _in_pieces(source: Examples, length: int, long: LongPolicy) -> Examples:
+    """Documents at hand are cut before they are shuffled, so that one book does not fill a batch."""
+    if not isinstance(source, StoredExamples) or source.longest <= length:
+        return source
+    return StoredExamples(
+        piece
+        for index in range(len(source))
+        for piece in split_example(source[index], length, long, f"document {index}")
+    )
