@@ -19,6 +19,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec, block_shapes, load_arch
 from nemojax.checkpoints import store
+from nemojax.model.llama import param_shardings
 
 FORMAT_VERSION = 1
 
@@ -46,10 +47,11 @@ class Checkpoints:
         _check_format(root)
         root.mkdir(parents=True, exist_ok=True)
         _write_json(root / "format.json", {"format_version": FORMAT_VERSION})
+        name, mode = self._best or ("", "max")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(keep_last, self._best),
-            best_fn=(lambda metrics: metrics[self._best[0]]) if self._best else None,
-            best_mode=self._best[1] if self._best else "max",
+            best_fn=(lambda metrics: metrics[name]) if self._best else None,
+            best_mode=mode,
             cleanup_tmp_directories=jax.process_index() == 0,
             enable_async_checkpointing=True,
         )
@@ -186,6 +188,17 @@ def load_params(
         flat = store.flat_paths(shardings)
         wanted = {p: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=flat[p]) for p, w in wanted.items()}
     return arch, reader.like(store.nested(wanted), arch)
+
+
+def load_model(
+    artifact: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> tuple[ArchSpec, dict[str, Any]]:
+    """(arch, params) of an artifact's newest step, placed on the mesh."""
+    artifact = Path(artifact).absolute()
+    arch = _read_arch(artifact)
+    if mesh is None or mesh.size == 1 or arch is None:
+        return load_params(artifact, arch, dtype=dtype)
+    return load_params(artifact, arch, dtype=dtype, shardings=param_shardings(arch, mesh))
 
 
 def save_params(
