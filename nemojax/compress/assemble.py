@@ -1,0 +1,46 @@
+"""Puts a child together: chosen blocks from the library, everything unchanged bitwise from the parent."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from nemojax.arch import ArchSpec, BlockSpec, NoOp, describe
+from nemojax.compress.library import Library
+from nemojax.compress.subblock import PARTS, sub_of
+from nemojax.model.layout import stack, unstack
+
+
+def child_arch(parent: ArchSpec, blocks: tuple[BlockSpec, ...]) -> ArchSpec:
+    """The parent's architecture with other blocks."""
+    return parent.replace(blocks=blocks)
+
+
+def assemble(params: dict, parent: ArchSpec, child: ArchSpec, library: Library) -> dict:
+    """Child parameters (numpy, stacked by the child's runs) in the parent's dtypes."""
+    canonical = unstack(jax.tree.map(np.asarray, params), parent)
+    layers: dict[str, dict] = {}
+    for i, (old, new) in enumerate(zip(parent.blocks, child.blocks, strict=True)):
+        own = canonical["layers"].get(str(i), {})
+        block = {}
+        for part in PARTS:
+            sub = sub_of(new, part)
+            if isinstance(sub, NoOp):
+                continue
+            if sub == sub_of(old, part):
+                block[part] = own[part]
+            else:
+                dtype = next(iter(own[part].values())).dtype
+                block[part] = {k: w.astype(dtype) for k, w in library.load(part, sub, i).items()}
+        if block:
+            layers[str(i)] = block
+    return stack({**canonical, "layers": layers}, child)
+
+
+def block_map(parent: ArchSpec, child: ArchSpec) -> str:
+    """A line for each layer: attention, feed-forward, and a mark where it differs from the parent."""
+    lines = ["layer  attention  feed-forward"]
+    for i, (old, new) in enumerate(zip(parent.blocks, child.blocks, strict=True)):
+        mark = "" if old == new else f"   was {describe(old.attn)} {describe(old.ffn)}"
+        lines.append(f"{i:>5}  {describe(new.attn):<9}  {describe(new.ffn):<12}{mark}".rstrip())
+    return "\n".join(lines)
