@@ -1,31 +1,22 @@
-"""The command line: a literal table of commands, so that `nemojax --help` imports nothing heavy.
+"""The command line: literal tables of commands, so that `nemojax --help` imports nothing heavy.
 
 Every command wraps one Python call. A stage is `module.run(module.Config(...), workdir)`.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
 
-# command -> (module, summary). A stage's module has a dataclass `Config` and `run(cfg, workdir)`.
-STAGES = {
-    "tokenizer": ("nemojax.data.tokenizer", "train a byte-level BPE tokenizer on a text source"),
-    "pretrain": ("nemojax.pretrain", "train a model from scratch, or go on training one"),
-    "compress": ("nemojax.compress.run", "score a parent's blocks and search the best child for a budget"),
-    "distill": ("nemojax.distill.distill", "heal a child against its parent"),
-    "sft": ("nemojax.sft", "fine-tune on conversations, reasoning on and off"),
-    "rl": ("nemojax.rl.grpo", "reinforce on tasks whose answers can be checked (GRPO)"),
-    "evaluate": ("nemojax.evaluate.run", "held-out loss, and pass@1 with thinking on and off"),
-    "report": ("nemojax.report.page", "one self-contained page about a pipeline's results"),
-}
+from nemojax.commands import EXIT_PREEMPTED, STAGES, Parser, split_overrides, summary_line
+
 # command -> (module, function, summary). The function takes the remaining arguments.
 OTHERS = {
     "import": ("nemojax.checkpoints.commands", "import_command", "HF directory or hub name -> artifact"),
@@ -41,19 +32,17 @@ Exit codes: 0 done; 2 bad input, one line says what; 75 stopped by SIGTERM, run 
 NEMOJAX_TRACEBACK=1 adds the traceback to an error."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ValueErrors, so that every command reports them alike."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(args)
+        with _preemptible():
+            _dispatch(args)
         return 0
+    except SystemExit as stop:
+        if stop.code == EXIT_PREEMPTED:
+            print("nemojax: stopped by SIGTERM; run again to resume", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("nemojax: interrupted; run again to resume", file=sys.stderr)
         return 130
@@ -67,28 +56,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+@contextlib.contextmanager
+def _preemptible() -> Iterator[None]:
+    """SIGTERM ends the process with 75 wherever it is; while training, `fit` saves a checkpoint first."""
+
+    def stop(*_: object) -> None:
+        raise SystemExit(EXIT_PREEMPTED)
+
+    try:
+        old = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever owns it decides
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def user_message(error: Exception) -> str | None:
     """One line for an error that the user can mend; None for a bug of ours, which keeps its traceback."""
-    text = " ".join(str(error).split())
+    stage = "".join(f"{note}: " for note in getattr(error, "__notes__", []) if note.startswith("stage "))
+    text = stage + (" ".join(str(error).split()) or type(error).__name__)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     # Checkpoint libraries wrap the operating system's error in types of their own.
     if full or "No space left on device" in text or "Disk quota exceeded" in text:
         return f"disk full: {text}; free some space and run again to resume"
     if isinstance(error, ValueError | OSError):
-        return text or type(error).__name__
+        return text
     return None
-
-
-def split_overrides(extras: Sequence[str], prog: str) -> list[str]:
-    """["--config.a.b=1"] -> ["a.b=1"]; ValueError for anything else."""
-    overrides = []
-    for extra in extras:
-        if not extra.startswith("--config."):
-            raise ValueError(f"{prog}: unknown argument {extra!r}; fields are set by --config.NAME=VALUE")
-        if "=" not in extra:
-            raise ValueError(f"{prog}: {extra}: expected {extra}=VALUE, got no value")
-        overrides.append(extra.removeprefix("--config."))
-    return overrides
 
 
 def _dispatch(args: list[str]) -> None:
@@ -159,13 +155,6 @@ def stage_help(name: str, summary: str, cls: type) -> str:
     lines = [f"usage: {STAGE_USAGE.format(name)}", "", f"{summary}.", "", "fields (--config.NAME=VALUE):"]
     lines += [f"  {field:<{left}}  {default:<{middle}}  {doc}".rstrip() for field, default, doc in rows]
     return "\n".join(lines)
-
-
-def summary_line(name: str, result: Any, workdir: str | os.PathLike) -> str:
-    """What a command prints last: the work directory and the scalar results."""
-    items = result.items() if isinstance(result, dict) else ()
-    numbers = [f"{k}={v:.5g}" for k, v in items if isinstance(v, int | float) and not isinstance(v, bool)]
-    return " ".join([f"{name}: {workdir}", *numbers[:8]])
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def _check_owner(workdir: Path, wanted: Mapping[str, Any]) -> None:
         keys = differences(stored, wanted)
         shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
         raise OtherRun(
-            f"{workdir}: the work directory of another run, which differs in {shown}; choose another --workdir"
+            f"{workdir}: the work directory of another run, which differs in {shown}; choose another one"
         )
 
 

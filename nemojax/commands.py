@@ -1,0 +1,51 @@
+"""The stages as a literal table, and what every command's arguments and last line have in common.
+
+Nothing heavy is imported here: `nemojax --help` reads this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+EXIT_PREEMPTED = 75  # of sysexits.h, "temporary failure": run again to resume
+
+# command -> (module, summary). A stage's module has a dataclass `Config` and `run(cfg, workdir)`.
+STAGES = {
+    "tokenizer": ("nemojax.data.tokenizer", "train a byte-level BPE tokenizer on a text source"),
+    "pretrain": ("nemojax.pretrain", "train a model from scratch, or go on training one"),
+    "compress": ("nemojax.compress.run", "score a parent's blocks and search the best child for a budget"),
+    "distill": ("nemojax.distill.distill", "heal a child against its parent"),
+    "sft": ("nemojax.sft", "fine-tune on conversations, reasoning on and off"),
+    "rl": ("nemojax.rl.grpo", "reinforce on tasks whose answers can be checked (GRPO)"),
+    "evaluate": ("nemojax.evaluate.run", "held-out loss, and pass@1 with thinking on and off"),
+    "report": ("nemojax.report.page", "one self-contained page about a pipeline's results"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ValueErrors, so that every command reports them alike."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def split_overrides(extras: Sequence[str], prog: str) -> list[str]:
+    """["--config.a.b=1"] -> ["a.b=1"]; ValueError for anything else."""
+    overrides = []
+    for extra in extras:
+        if not extra.startswith("--config."):
+            raise ValueError(f"{prog}: unknown argument {extra!r}; fields are set by --config.NAME=VALUE")
+        if "=" not in extra:
+            raise ValueError(f"{prog}: {extra}: expected {extra}=VALUE, got no value")
+        overrides.append(extra.removeprefix("--config."))
+    return overrides
+
+
+def summary_line(name: str, result: Any, workdir: str | os.PathLike) -> str:
+    """What a command prints last: the work directory and the scalar results."""
+    items = result.items() if isinstance(result, dict) else ()
+    numbers = [f"{k}={v:.5g}" for k, v in items if isinstance(v, int | float) and not isinstance(v, bool)]
+    return " ".join([f"{name}: {workdir}", *numbers[:8]])
