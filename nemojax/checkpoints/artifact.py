@@ -43,6 +43,7 @@ class Checkpoints:
         self.dir = Path(dir).absolute()
         self.arch = arch if arch is not None else _read_arch(self.dir)
         self._best = _parse_best(best)
+        self._saving: int | None = None
         root = self.dir / "checkpoints"
         _check_format(root)
         root.mkdir(parents=True, exist_ok=True)
@@ -85,6 +86,8 @@ class Checkpoints:
         if data_state is not None:
             items["data"] = ocp.args.JsonSave(dict(data_state))
         values = {k: float(v) for k, v in metrics.items()} if metrics else None
+        self.wait()  # so that a failure is reported with the step it belongs to
+        self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=values, force=True)
         except Exception as error:
@@ -95,7 +98,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise _write_error(self.dir, self._manager.latest_step(), error) from error
+            raise _write_error(self.dir, self._saving, error) from error
 
     def latest(self) -> int | None:
         """The newest finished step."""

@@ -79,8 +79,8 @@ def check_expressible(arch: ArchSpec) -> None:
     """Raises ValueError naming layer and value of the first thing that DeciLM cannot say."""
     if arch.head_dim * arch.num_heads != arch.dim:
         raise ValueError(
-            f"decilm: head_dim: expected dim / num_heads = {arch.dim / arch.num_heads:g}, got {arch.head_dim}; "
-            "DeciLM has no head_dim of its own, use --format=anymodel"
+            f"decilm: head_dim: expected dim / num_heads = {arch.dim / arch.num_heads:g}, "
+            f"got {arch.head_dim}; DeciLM has no head_dim of its own, use --format=anymodel"
         )
     for i, block in enumerate(arch.blocks):
         match block.ffn:

@@ -106,13 +106,12 @@ def format_of(config: Mapping[str, Any], where: str) -> Format:
         return "decilm"
     if model_type == "llama":
         if names and "LlamaForCausalLM" not in names:
-            raise ValueError(
-                f"{where}: architectures: expected LlamaForCausalLM, got {names[0]}; a language model is needed"
-            )
+            raise ValueError(f"{where}: architectures: expected LlamaForCausalLM, got {names[0]}")
         return "anymodel" if config.get("block_configs") else "llama"
     if model_type in _RELATIVES:
         raise ValueError(
-            f"{where}: {model_type} is not supported: {_RELATIVES[model_type]}; supported: llama, nemotron-nas"
+            f"{where}: {model_type} is not supported: {_RELATIVES[model_type]}; "
+            "supported are llama and nemotron-nas"
         )
     raise ValueError(f"{where}: model_type: expected llama or nemotron-nas (DeciLM), got {model_type!r}")
 

@@ -123,7 +123,7 @@ class SafetensorsDir:
             view = self._file(self.files[name]).get_slice(name)
         except SafetensorError as error:
             raise ValueError(
-                f"{self.directory / self.files[name]}: {name}: the index promises this tensor, the file lacks it"
+                f"{self.directory / self.files[name]}: {name}: the index promises it, the file lacks it"
             ) from error
         return tuple(view.get_shape()), view.get_dtype()
 
@@ -201,7 +201,11 @@ def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str
 def write_shards(
     out: Path, shards: list[list[str]], read: Callable[[list[str]], dict[str, np.ndarray]]
 ) -> int:
-    """Writes model-0000x-of-0000y.safetensors and the index; `read` gives one shard's tensors. Returns bytes."""
+    """Writes model-0000x-of-0000y.safetensors and the index, a shard at a time; returns bytes of weights.
+
+    `read` gives the tensors of a shard by name. ValueError when the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     weight_map: dict[str, str] = {}
@@ -209,7 +213,12 @@ def write_shards(
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = read(names)
-        save_file(tensors, str(out / file), metadata={"format": "pt"})
+        try:
+            save_file(tensors, str(out / file), metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{out / file}: could not write ({error}); free some space and try again"
+            ) from error
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -255,8 +264,7 @@ def _check_tied_copy(source: SafetensorsDir) -> None:
 
 
 def _numpy_dtype(name: str) -> np.dtype:
-    import ml_dtypes
+    import jax.numpy as jnp
 
-    return np.dtype(
-        {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": ml_dtypes.bfloat16}[name]
-    )
+    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": jnp.bfloat16}
+    return np.dtype(kinds[name])

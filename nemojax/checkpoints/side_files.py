@@ -89,7 +89,7 @@ def export_tokenizer(source: Path, out: Path) -> None:
 
 
 def special_tokens(tokenizer: Path) -> dict[str, Any]:
-    """{"bos_token_id": .., "eos_token_id": .., "pad_token_id": ..} of a tokenizer directory, as far as known."""
+    """{"bos_token_id": .., "eos_token_id": .., "pad_token_id": ..} of a tokenizer, as far as known."""
     if not (tokenizer / "tokenizer.json").is_file():
         return {}
     vocabulary = _vocabulary(tokenizer / "tokenizer.json")

@@ -77,7 +77,7 @@ def to_host(leaf: Any) -> Any:
         return leaf
     if not isinstance(leaf, jax.Array):
         return np.array(leaf)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -92,8 +92,10 @@ def to_device(host: np.ndarray, like: Any) -> Any:
     """`host` with the dtype, sharding and PRNG-key nature of `like` (an array or ShapeDtypeStruct)."""
     if not hasattr(like, "dtype"):
         return type(like)(host.item()) if isinstance(like, bool | int | float) else host
-    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(host, impl=jax.random.key_impl(like) if _is_array(like) else None)
+    if jax.numpy.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            jax.numpy.asarray(host), impl=jax.random.key_impl(like) if _is_array(like) else None
+        )
     host = host.astype(like.dtype, copy=False)
     if isinstance(like, np.ndarray):
         return host
@@ -113,7 +115,7 @@ def handler() -> Any:
     class _Lazy(type_handlers.NumpyHandler):
         """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays."""
 
-        async def _background_serialize(self, values, infos, args=None):
+        async def _background_serialize(self, values: Any, infos: Any, args: Any = None):
             args = args or [type_handlers.SaveArgs()] * len(values)
             for batch in _batches([value.nbytes for value in values]):
                 arrays: Any = [values[i].load() for i in batch]
@@ -121,7 +123,7 @@ def handler() -> Any:
                     arrays, [infos[i] for i in batch], [args[i] for i in batch]
                 )
 
-        async def serialize(self, values, infos, args=None):
+        async def serialize(self, values: Any, infos: Any, args: Any = None):
             from orbax.checkpoint import future
 
             work = self._background_serialize(values, infos, args)
@@ -189,7 +191,7 @@ class Reader:
 
     def _check(self, path: str, leaf: Any, arch: ArchSpec | None) -> None:
         shape = tuple(np.shape(leaf))
-        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return
         want = shape if split_run(path, arch) is None else shape[1:]
         for name in _stored_names(path, arch):

@@ -13,6 +13,8 @@ class SubBlockConfig:
     """One half of a layer; the attributes are the keys of its entry in config.json."""
 
     DEFAULTS: dict[str, Any] = {"no_op": False, "replace_with_linear": False, "sparsify": None}
+    no_op: bool
+    replace_with_linear: bool
 
     def __init__(self, **values: Any):
         unknown = sorted(set(values) - set(self.DEFAULTS))
@@ -122,13 +124,8 @@ class DeciLMConfig(PretrainedConfig):
         theta = rope_theta if rope_theta is not None else rope.get("rope_theta", 10000.0)
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         full = {**rope, "rope_type": rope_type, "rope_theta": theta}
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
         self.tie_word_embeddings = tie_word_embeddings
         self.rope_theta = theta
         self.rope_parameters = full

@@ -25,7 +25,7 @@ def ffn_width(ffn_mult: float, hidden_size: int) -> int:
     return -(-raw // 256) * 256
 
 
-def inverse_frequencies(config: DeciLMConfig, device: torch.device) -> torch.Tensor:
+def inverse_frequencies(config, device: torch.device) -> torch.Tensor:
     """[H/2] in f32, llama3 scaling included; computed on demand, so no buffer can go stale."""
     head_dim = config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
@@ -166,8 +166,9 @@ class DeciLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
         elif isinstance(module, DeciLMRMSNorm):
             nn.init.ones_(module.weight)
 
@@ -246,7 +247,7 @@ def default_positions(B: int, T: int, past: int, attention_mask, device) -> torc
 
 class DeciLMForCausalLM(DeciLMPreTrainedModel, GenerationMixin):
     # 5.x wants a mapping, 4.x a list
-    _tied_weights_keys = (
+    _tied_weights_keys = (  # type: ignore[assignment]
         {"lm_head.weight": "model.embed_tokens.weight"}
         if int(transformers.__version__.split(".")[0]) >= 5
         else ["lm_head.weight"]
