@@ -127,7 +127,9 @@ class ArchSpec:
         for name in ("vocab_size", "dim", "num_heads", "head_dim", "context"):
             _positive(self, name, getattr(self, name))
         if self.head_dim % 2:
-            raise ValueError(f"ArchSpec.head_dim: expected an even number (RoPE turns pairs), got {self.head_dim}")
+            raise ValueError(
+                f"ArchSpec.head_dim: expected an even number (RoPE turns pairs), got {self.head_dim}"
+            )
         for i, block in enumerate(self.blocks):
             match block.attn:
                 case Attention(num_kv_heads=k) if self.num_heads % k:
@@ -196,10 +198,14 @@ class ArchSpec:
     def from_json(cls, data: dict[str, Any]) -> ArchSpec:
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"architecture: expected format_version {FORMAT_VERSION}, got {version!r}; convert it first")
+            raise ValueError(
+                f"architecture: expected format_version {FORMAT_VERSION}, got {version!r}; convert it first"
+            )
         known = {f.name for f in dataclasses.fields(cls)} | {"format_version"}
         if unknown := sorted(set(data) - known):
-            raise ValueError(f"architecture: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"architecture: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
+            )
         values = {k: v for k, v in data.items() if k not in ("format_version", "rope", "blocks")}
         rope = data.get("rope") or {}
         scaling = rope.get("scaling")
@@ -278,7 +284,9 @@ def load_arch(path_or_name: str | os.PathLike) -> ArchSpec:
     if not path.is_file():
         shipped = _shipped_dir() / f"{path.stem}.json"
         if not shipped.is_file():
-            raise ValueError(f"{path}: no such architecture file; shipped ones are {', '.join(shipped_archs())}")
+            raise ValueError(
+                f"{path}: no such architecture file; shipped ones are {', '.join(shipped_archs())}"
+            )
         return ArchSpec.from_json(json.loads(shipped.read_text()))
     try:
         return ArchSpec.from_json(json.loads(path.read_text()))

@@ -6,8 +6,7 @@ Nothing heavy is imported here: `nemojax --help` reads this file.
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 EXIT_PREEMPTED = 75  # of sysexits.h, "temporary failure": run again to resume
@@ -44,8 +43,15 @@ def split_overrides(extras: Sequence[str], prog: str) -> list[str]:
     return overrides
 
 
-def summary_line(name: str, result: Any, workdir: str | os.PathLike) -> str:
-    """What a command prints last: the work directory and the scalar results."""
-    items = result.items() if isinstance(result, dict) else ()
-    numbers = [f"{k}={v:.5g}" for k, v in items if isinstance(v, int | float) and not isinstance(v, bool)]
-    return " ".join([f"{name}: {workdir}", *numbers[:8]])
+def summary_line(name: str, result: Mapping[str, Any], *notes: object) -> str:
+    """What a command prints last: its name, notes, and up to eight numbers of its result."""
+    numbers = [f"{key}={value:.5g}" for key, value in _numbers(result, "")]
+    return " ".join([f"{name}:", *map(str, notes), *numbers[:8]])
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for name, child in value.items():
+            yield from _numbers(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value

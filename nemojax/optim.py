@@ -13,10 +13,14 @@ from nemojax.config import field
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "muon"] = field("adamw", "optimiser; muon takes matrices in blocks, AdamW the rest")
+    name: Literal["adamw", "muon"] = field(
+        "adamw", "optimiser; muon takes matrices in blocks, AdamW the rest"
+    )
     lr: float = field(1e-3, "peak learning rate")
     warmup_steps: int = field(0, "steps of linear warm-up from zero")
-    schedule: Literal["cosine", "wsd", "constant"] = field("cosine", "shape after warm-up; wsd: flat, then linear")
+    schedule: Literal["cosine", "wsd", "constant"] = field(
+        "cosine", "shape after warm-up; wsd: flat, then linear"
+    )
     lr_final_ratio: float = field(0.1, "last learning rate over the peak")
     decay_fraction: float = field(0.2, "share of all steps that wsd spends decaying")
     weight_decay: float = field(0.1, "decoupled weight decay; norms have none")

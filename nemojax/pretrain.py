@@ -64,7 +64,9 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
     arch, params = _start(cfg, tokenizer, mesh)
     check_vocab(tokenizer, arch)
     if cfg.data.length > arch.context:
-        raise ValueError(f"data.length: expected at most the model's context {arch.context}, got {cfg.data.length}")
+        raise ValueError(
+            f"data.length: expected at most the model's context {arch.context}, got {cfg.data.length}"
+        )
     (workdir / "arch.json").write_text(arch.dumps())
     copy_tokenizer(tokenizer.path, workdir / "tokenizer")
     heldout = heldout_batches(cfg.data, tokenizer)

@@ -89,7 +89,9 @@ class Preempted(SystemExit):
         self.step = step
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False) -> TrainState:
+def init_state(
+    params: Params, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False
+) -> TrainState:
     """The state before the first step; optimiser moments take the sharding of their parameters."""
     opt_state = jax.jit(tx.init)(params)
     copy = jax.tree.map(jnp.copy, params) if ema else None
@@ -126,7 +128,12 @@ def make_step(
             state.skipped + (~finite).astype(jnp.int32),
         )
         metrics = {name: total / jnp.maximum(w, 1e-8) for name, (total, w) in sums.items()}
-        return state, {"loss": loss_sum * scale, "grad_norm": norm, "finite": finite, "weight": weight} | metrics
+        return state, {
+            "loss": loss_sum * scale,
+            "grad_norm": norm,
+            "finite": finite,
+            "weight": weight,
+        } | metrics
 
     return step
 
@@ -207,7 +214,9 @@ def fit(
         del params
         checkpoints = Checkpoints(workdir, keep_last=cfg.keep_last, best=cfg.keep_best or None, arch=arch)
         state = _restore(checkpoints, state, batches)
-        return _Loop(loss_fn, tx, state, batches, frozen, arch, optim, cfg, workdir, mesh, evaluate, checkpoints).run()
+        return _Loop(
+            loss_fn, tx, state, batches, frozen, arch, optim, cfg, workdir, mesh, evaluate, checkpoints
+        ).run()
 
 
 @dataclass
@@ -328,7 +337,9 @@ class _Clock:
         self.total += batch["tokens"].size
         self.length = batch["tokens"].shape[1]
 
-    def report(self, step: int, metrics: dict[str, jax.Array], state: TrainState, batches: Any) -> dict[str, float]:
+    def report(
+        self, step: int, metrics: dict[str, jax.Array], state: TrainState, batches: Any
+    ) -> dict[str, float]:
         values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "finite"}
         now = time.perf_counter()
         rate = self.tokens / max(now - self.start, 1e-9)

@@ -104,7 +104,9 @@ def test_chunked_loss_has_the_same_value_and_gradient():
     batch = next(RandomBatches())
 
     def value(chunk):
-        return jax.value_and_grad(lambda p: lm_loss(ARCH, chunk=chunk)(p, None, batch, jax.random.key(0))[0])(params())
+        return jax.value_and_grad(lambda p: lm_loss(ARCH, chunk=chunk)(p, None, batch, jax.random.key(0))[0])(
+            params()
+        )
 
     for a, b in zip(jax.tree.leaves(value(0)), jax.tree.leaves(value(2)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -144,7 +146,9 @@ def test_weight_decay_spares_the_norms():
 
 
 def test_a_bad_step_stops_with_its_place_and_leaves_a_good_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"step 4: loss nan.*row0 of batch .*last good checkpoint is step \d") as error:
+    with pytest.raises(
+        ValueError, match=r"step 4: loss nan.*row0 of batch .*last good checkpoint is step \d"
+    ) as error:
         run(tmp_path, batches=RandomBatches(poison=4))
     assert "\n" not in str(error.value)
 

@@ -10,7 +10,7 @@ Legend: B batch, T tokens, D model, L layers in a stack.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,21 +116,24 @@ def build(
     arch: ArchSpec,
     kinds: Sequence[Kind],
     importance: Importance,
-    batches: Iterator[dict],
+    batches: Callable[[], Iterator[dict]],
     bld: Bld,
     dir: str | os.PathLike,
     *,
     kv_init: KvInit = "mean",
     compute: Compute = Compute(),
 ) -> Library:
-    """Trains the kinds that `dir` lacks and saves them; a restart redoes only the kinds not yet saved."""
+    """Trains the kinds that `dir` lacks and saves them; a restart redoes only the kinds not yet saved.
+
+    `batches()` starts the calibration data from the beginning: every kind sees the same tokens.
+    """
     library = Library(dir)
     missing = [kind for kind in kinds if not library.has(kind)]
     group = bld.together or max(len(missing), 1)
     for first in range(0, len(missing), group):
         some = missing[first : first + group]
         weights = [init_kind(params, arch, kind, importance, kv_init) for kind in some]
-        weights, curves = train(params, arch, some, weights, batches, bld, compute)
+        weights, curves = train(params, arch, some, weights, batches(), bld, compute)
         for kind, stacked, curve in zip(some, weights, curves, strict=True):
             for i, layer in enumerate(kind.layers):
                 one = {name: w[i] for name, w in stacked.items()}

@@ -91,7 +91,7 @@ def solve(
     """The best solutions, best first; any two differ in at least `diversity` layers.
 
     ValueError when no solution exists: for each bound, the nearest value possible with the others held.
-    Later solutions may run out without an error.
+    Fewer than `num_solutions` come back when there are no more.
     """
     limits = Limits(maximum or {}, minimum or {})
     found: list[Solution] = []

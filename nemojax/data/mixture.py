@@ -24,10 +24,14 @@ class TextData:
     seed: int = field(0, "order of documents")
 
 
-def train_batches(data: TextData, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1) -> Loader:
+def train_batches(
+    data: TextData, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> Loader:
     """Endless packed batches of the mixture; this process's rows of them."""
     if data.batch_size % process_count:
-        raise ValueError(f"data.batch_size: expected a multiple of {process_count} processes, got {data.batch_size}")
+        raise ValueError(
+            f"data.batch_size: expected a multiple of {process_count} processes, got {data.batch_size}"
+        )
     return make_loader(
         [text_examples(load_texts(source), tokenizer) for source in data.sources],
         [source.weight for source in data.sources],

@@ -66,7 +66,12 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
     Blank lines are skipped and their number is logged.
     """
-    return [row for _, row in _jsonl_rows(_files(Source(name=str(path), kind="jsonl", path=str(path))))]
+    return [row for _, row in read_jsonl_rows(path)]
+
+
+def read_jsonl_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """As `read_jsonl`, each row with its `file:line`."""
+    return _jsonl_rows(_files(Source(name=str(path), kind="jsonl", path=str(path))))
 
 
 def report(source: Source) -> dict[str, int]:

@@ -26,7 +26,9 @@ def stack(canonical: Mapping[str, Any], arch: ArchSpec) -> dict[str, Any]:
     out = {k: v for k, v in canonical.items() if k != "layers"}
     layers = canonical.get("layers", {})
     out["runs"] = {
-        run_name(i): jax.tree.map(lambda *leaves: _stack_leaves(leaves), *(layers[str(n)] for n in run.layers))
+        run_name(i): jax.tree.map(
+            lambda *leaves: _stack_leaves(leaves), *(layers[str(n)] for n in run.layers)
+        )
         for i, run in enumerate(arch.runs())
     }
     return out

@@ -37,7 +37,9 @@ class Compute:
     remat: Literal["none", "dots", "full"] = field(
         "none", "recomputed in the backward pass: nothing, all but matmuls, or whole blocks"
     )
-    unroll: int = field(1, "blocks of a run in one step of the scan (more: larger program, often faster on CPU)")
+    unroll: int = field(
+        1, "blocks of a run in one step of the scan (more: larger program, often faster on CPU)"
+    )
 
 
 def init_params(arch: ArchSpec, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -213,7 +215,9 @@ def _run_cached(
 
         def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
             for name, whole, new in (("k", k_all, k_BTKH), ("v", v_all, v_BTKH)):
-                written[name] = whole.at[j, rows_B1, ctx.positions_BT].set(new.astype(whole.dtype), mode="drop")
+                written[name] = whole.at[j, rows_B1, ctx.positions_BT].set(
+                    new.astype(whole.dtype), mode="drop"
+                )
             return written["k"][j], written["v"][j]
 
         h = apply_block(arch, run.spec, w, h, ctx, update=update)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<think>", "</think>"
+from nemojax.data.tokenizer import END_THINK, THINK
 
 
 def think_format(text: str, thinking: bool) -> float:
@@ -12,17 +12,9 @@ def think_format(text: str, thinking: bool) -> float:
     A template that already opened the tag in the prompt must have it put back before calling this.
     """
     if not thinking:
-        return float(OPEN not in text and CLOSE not in text)
+        return float(THINK not in text and END_THINK not in text)
     text = text.strip()
-    if text.count(OPEN) != 1 or text.count(CLOSE) != 1 or not text.startswith(OPEN):
+    if text.count(THINK) != 1 or text.count(END_THINK) != 1 or not text.startswith(THINK):
         return 0.0
-    return float(bool(text.partition(CLOSE)[2].strip()))
+    return float(bool(text.partition(END_THINK)[2].strip()))
 
-
-def split_thinking(text: str) -> tuple[str | None, str]:
-    """(thinking or None, answer). Unclosed thinking has no answer; without tags all is answer."""
-    if OPEN not in text and CLOSE not in text:
-        return None, text.strip()
-    head, closed, tail = text.partition(CLOSE)
-    thought = head.partition(OPEN)[2] if OPEN in head else head
-    return thought.strip(), tail.strip() if closed else ""

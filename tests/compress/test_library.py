@@ -32,7 +32,9 @@ def setup(tmp_path_factory):
     ranks = importance.measure(params, ARCH, batches(2))
     options = choices(SPACE, ARCH)
     kinds = lib.kinds_of(options, ARCH)
-    library = lib.build(params, ARCH, kinds, ranks, iter(batches(1) * 6), BLD, tmp_path_factory.mktemp("library"))
+    library = lib.build(
+        params, ARCH, kinds, ranks, lambda: iter(batches(1) * 6), BLD, tmp_path_factory.mktemp("library")
+    )
     return params, ranks, options, kinds, library
 
 
@@ -75,13 +77,13 @@ def test_a_variant_that_is_not_finite_stays_alone(setup):
 def test_built_kinds_are_not_built_again(setup, tmp_path):
     params, ranks, _, kinds, _ = setup
     none = dataclasses.replace(BLD, steps=0)
-    library = lib.build(params, ARCH, kinds[2:], ranks, iter([]), none, tmp_path)
+    library = lib.build(params, ARCH, kinds[2:], ranks, lambda: iter([]), none, tmp_path)
     before = library.path("ffn", Linear(), 0).stat().st_mtime_ns
-    lib.build(params, ARCH, kinds, ranks, iter([]), none, tmp_path)
+    lib.build(params, ARCH, kinds, ranks, lambda: iter([]), none, tmp_path)
     assert library.path("ffn", Linear(), 0).stat().st_mtime_ns == before
     assert library.has(kinds[0])
     with pytest.raises(ValueError, match="expected 6 calibration batches, got 1"):
-        lib.build(params, ARCH, kinds[:1], ranks, iter(batches(1)), BLD, tmp_path / "other")
+        lib.build(params, ARCH, kinds[:1], ranks, lambda: iter(batches(1)), BLD, tmp_path / "other")
 
 
 @pytest.mark.parametrize("metric", ["kl", "lm_loss"])

@@ -1,6 +1,6 @@
 import pytest
 
-from nemojax.rewards.format import split_thinking, think_format
+from nemojax.rewards.format import think_format
 
 
 @pytest.mark.parametrize(
@@ -19,10 +19,3 @@ from nemojax.rewards.format import split_thinking, think_format
 def test_think_format(text, on, off):
     assert (think_format(text, True), think_format(text, False)) == (on, off)
 
-
-@pytest.mark.parametrize(
-    "text, parts",
-    [("<think>a</think> b", ("a", "b")), ("b", (None, "b")), ("<think>a", ("a", "")), ("a</think>b", ("a", "b"))],
-)
-def test_split_thinking(text, parts):
-    assert split_thinking(text) == parts
