@@ -51,8 +51,8 @@ def attn_choices(space: Space, arch: ArchSpec, layer: int) -> tuple[AttnSpec, ..
                 continue
             if kept < 1 or parent.num_kv_heads % kept:
                 raise ValueError(
-                    f"space.kv_heads: layer {layer}: expected a divisor of its {parent.num_kv_heads} KV heads, "
-                    f"got {kept}"
+                    f"space.kv_heads: layer {layer}: expected a divisor of its "
+                    f"{parent.num_kv_heads} KV heads, got {kept}"
                 )
             choices.append(Attention(kept, parent.window))
         if space.attn_linear:

@@ -11,7 +11,7 @@ from nemojax.arch import Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.compress import importance
 from nemojax.compress.importance import Importance
 from nemojax.compress.space import Space, choices, init_sub
-from nemojax.compress.subblock import apply_part, layers_of
+from nemojax.compress.subblock import PARTS, apply_part, layers_of, sub_of
 from nemojax.model.attention import make_context
 from tests.compress.tiny import ARCH, SPACE, batches, parent
 
@@ -44,7 +44,8 @@ def test_bad_spaces():
 
 def test_full_size_is_the_parent_bitwise():
     for layer, p in layers_of(parent(), ARCH):
-        for part, sub in (("attn", FULL.attn), ("ffn", FULL.ffn)):
+        for part in PARTS:
+            sub = sub_of(FULL, part)
             got = init_sub(part, sub, sub, p[part], some_importance(), layer)
             assert all(np.array_equal(got[k], p[part][k]) for k in p[part])
 
