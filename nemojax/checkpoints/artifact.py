@@ -77,6 +77,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        self.wait()  # one save in flight: a failure belongs to its step, and the host holds one copy
         items: dict[str, Any] = {
             "params": ocp.args.PyTreeSave(store.nested(store.canonical(params, self.arch)))
         }
@@ -86,7 +87,6 @@ class Checkpoints:
         if data_state is not None:
             items["data"] = ocp.args.JsonSave(dict(data_state))
         values = {k: float(v) for k, v in metrics.items()} if metrics else None
-        self.wait()  # so that a failure is reported with the step it belongs to
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=values, force=True)

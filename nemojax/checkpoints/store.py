@@ -112,10 +112,27 @@ def handler() -> Any:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
-    class _Lazy(type_handlers.NumpyHandler):
+    class _Arrays(type_handlers.NumpyHandler):
+        """Writes without a second host copy; when one write fails the others end before it is raised."""
+
+        failures: list[Exception]
+
+        async def _open_and_write(self, *args: Any) -> None:
+            try:
+                await super()._open_and_write(*args)
+            except Exception as error:
+                self.failures.append(error)
+
+        async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+            self.failures = []
+            await super()._background_serialize(values, infos, args)
+            if self.failures:
+                raise self.failures[0]
+
+    class _Lazy(_Arrays):
         """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays."""
 
-        async def _background_serialize(self, values: Any, infos: Any, args: Any = None):
+        async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
             args = args or [type_handlers.SaveArgs()] * len(values)
             for batch in _batches([value.nbytes for value in values]):
                 arrays: Any = [values[i].load() for i in batch]
@@ -130,7 +147,7 @@ def handler() -> Any:
             return [future.CommitFutureAwaitingContractedSignals(work, name="lazy_arrays")]
 
     registry = type_handlers.create_type_handler_registry(
-        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (np.ndarray, _Arrays(deepcopy_host_arrays=False)),
         (LazyArray, _Lazy(deepcopy_host_arrays=False)),
         (jax.Array, type_handlers.ArrayHandler()),
     )
