@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("nemojax: interrupted; run again to resume", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `nemojax --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell shows for SIGPIPE
     except Exception as error:
         line = user_message(error)
         if line is None:
