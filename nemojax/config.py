@@ -99,15 +99,21 @@ def find_file(path: str | Path) -> Path:
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """The nested dict that a recipe's `get_config()` returns (a ConfigDict or a dict)."""
-    found = find_file(path)
+    """The nested dict that a recipe's `get_config()` returns (a ConfigDict or a dict).
+
+    `recipe.py:small,seed=1` passes what follows the colon to it.
+    """
+    name, colon, argument = str(path).rpartition(":")
+    if not colon or Path(path).is_file():
+        name, argument = str(path), ""
+    found = find_file(name)
     try:
         make = runpy.run_path(str(found)).get("get_config")
     except SyntaxError as error:
         raise ValueError(f"{found}:{error.lineno}: not valid Python ({error.msg})") from error
     if make is None:
         raise ValueError(f"{found}: expected a function get_config(), got none")
-    config = make()
+    config = make(argument) if argument else make()
     return to_dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 

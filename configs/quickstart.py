@@ -1,0 +1,129 @@
+"""The whole pipeline on two CPU cores: a parent from scratch, compressed, healed, taught to reason, exported.
+
+    nemojax run --config=configs/quickstart.py --workdir=runs/quickstart
+    nemojax run --config=configs/quickstart.py:seed=1 --workdir=runs/quickstart-seed1
+    nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (a minute, learns little)
+"""
+
+from ml_collections import ConfigDict
+
+EASY, HARD = "sort3", "sum2"
+SMALL = {"dim": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 512}
+FULL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 512}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """`argument`: comma-separated `small` and `seed=N`."""
+    words = [word for word in argument.split(",") if word]
+    seed = next((int(word.removeprefix("seed=")) for word in words if word.startswith("seed=")), 0)
+    small = "small" in words
+    if unknown := [word for word in words if word != "small" and not word.startswith("seed=")]:
+        raise ValueError(f"quickstart: expected small or seed=N, got {unknown[0]!r}")
+
+    def steps(full: int) -> int:
+        return max(4, full // 50) if small else full
+
+    compute = {"unroll": 4}
+    tasks = [
+        {"name": name, "kind": "problems", "path": name, "field": "both", "limit": 400 if small else 10000}
+        | {"seed": seed, "weight": 0.3}
+        for name in (EASY, HARD)
+    ]
+    text = {"name": "pydoc", "kind": "pydoc", "weight": 0.4}
+    data = {"sources": [text, *tasks], "length": 128, "batch_size": 16, "heldout_batches": 8, "seed": seed}
+    held = {"families": [EASY, HARD], "count": 16 if small else 512, "split": "heldout", "seed": seed}
+    models = {
+        "parent": "@pretrain",
+        "child": "@compress",
+        "lm_only": "@distill_lm",
+        "distilled": "@distill",
+        "sft": "@sft",
+        "rl": "@rl",
+    }
+    stages = {
+        "tokenizer": {
+            "config": {"sources": [text, *[t | {"limit": 400} for t in tasks]], "vocab_size": 512, "context": 256}
+        },
+        "pretrain": {
+            "config": {
+                "tokenizer": "@tokenizer",
+                "shape": (SMALL if small else FULL) | {"context": 256},
+                "data": data,
+                "optim": {"name": "muon", "lr": 1e-2, "warmup_steps": steps(100), "weight_decay": 0.02},
+                "fit": {"steps": steps(2400), "log_every": steps(100)},
+                "compute": compute,
+                "seed": seed,
+            }
+        },
+        "compress": {
+            "config": {
+                "parent": "@pretrain",
+                "data": data,
+                "space": {"kv_heads": [1], "ffn_ratios": [0.5], "multiple": 256},
+                "bld": {"steps": steps(60)},
+                "budget": {"ratio": {"params": 0.65}},
+                "compute": compute,
+            }
+        },
+        "distill": {
+            "config": {
+                "student": "@compress",
+                "teacher": "@pretrain",
+                "data": data | {"seed": seed + 1},
+                "optim": {"name": "muon", "lr": 5e-3, "warmup_steps": steps(20), "weight_decay": 0.0},
+                "fit": {"steps": steps(500), "log_every": steps(50)},
+                "compute": compute,
+            }
+        },
+        "distill_lm": {
+            "kind": "distill",
+            "config": {
+                "student": "@compress",
+                "teacher": "@pretrain",
+                "loss": {"kl": 0.0, "cosine": 0.0, "lm": 1.0},
+                "data": data | {"seed": seed + 1},
+                "optim": {"name": "muon", "lr": 5e-3, "warmup_steps": steps(20), "weight_decay": 0.0},
+                "fit": {"steps": steps(500), "log_every": steps(50)},
+                "compute": compute,
+            },
+        },
+        "sft": {
+            "config": {
+                "model": "@distill",
+                "data": {
+                    "sources": [
+                        {"name": EASY, "num": 200 if small else 6000, "seed": seed},
+                        {"name": HARD, "num": 200 if small else 6000, "seed": seed},
+                    ],
+                    "length": 128,
+                    "batch_size": 16,
+                    "seed": seed,
+                },
+                "optim": {"name": "muon", "lr": 6e-3, "warmup_steps": steps(30), "weight_decay": 0.0},
+                "fit": {"steps": steps(900), "log_every": steps(50)},
+                "compute": compute,
+            }
+        },
+        "rl": {
+            "config": {
+                "model": "@sft",
+                "problems": {"families": [HARD], "count": 200 if small else 4000, "split": "train", "seed": seed},
+                "validation": {"problems": held | {"families": [HARD]}, "thinking": "on"},
+                "rollout": {"thinking": "on", "num_prompts_per_step": 16, "num_generations_per_prompt": 8},
+                "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 5},
+                "fit": {"steps": steps(50), "log_every": 1},
+                "seed": seed,
+            }
+        },
+        "evaluate": {
+            "config": {
+                "models": models,
+                "data": data,
+                "tasks": {"problems": held, "thinking": "both"},
+                "compute": compute,
+            }
+        },
+        "export": {"config": {"artifact": "@rl"}},
+        "report": {"config": {"pipeline": "@."}},
+    }
+    return ConfigDict({"stages": stages})
