@@ -76,11 +76,13 @@ def generate(
     max_batch: int = 64,
     compute: Compute = Compute(),
     mesh: jax.sharding.Mesh | None = None,
+    new_capacity: int = 0,
 ) -> list[Completion]:
     """A completion for each prompt, in order.
 
     Prompt i draws from `fold_in(fold_in(key, i), position)`: what else is in the batch changes nothing
     within a shape bucket. New tokens are limited by `sampling.max_new_tokens` and by the context.
+    `new_capacity`: room for at least so many, so that calls with different limits share their programs.
     ValueError for an empty prompt, one that fills the context, or an id outside the vocabulary.
     """
     if not prompts:
@@ -90,7 +92,7 @@ def generate(
     shape = _Shape(
         slots=min(max_batch, _round_up(len(prompts), 8)),
         prompt=min(_round_up(longest, _BUCKET), arch.context),
-        new=_round_up(min(sampling.max_new_tokens, arch.context), _BUCKET),
+        new=_round_up(min(max(sampling.max_new_tokens, new_capacity), arch.context), _BUCKET),
     )
     eos_E = jnp.asarray(sorted(eos_ids) or [-1], jnp.int32)
     with use_mesh(mesh):
@@ -283,7 +285,8 @@ def _check(arch: ArchSpec, prompts: Sequence[Sequence[int]]) -> None:
             raise ValueError(f"prompt {i}: expected at least one token, got none; start it with BOS")
         if len(prompt) >= arch.context:
             raise ValueError(
-                f"prompt {i}: expected fewer than {arch.context} tokens (the context), got {len(prompt)}; shorten it"
+                f"prompt {i}: expected fewer than {arch.context} tokens (the context), got "
+                f"{len(prompt)}; shorten it"
             )
         if min(prompt) < 0 or max(prompt) >= arch.vocab_size:
             raise ValueError(

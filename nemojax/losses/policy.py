@@ -30,9 +30,15 @@ class PolicyLossConfig:
 
     ratio_clip_min: float = field(0.2, "the ratio is clipped at 1 - this")
     ratio_clip_max: float = field(0.2, "the ratio is clipped at 1 + this; 0.28 is DAPO's clip-higher")
-    ratio_clip_c: float = field(0.0, "dual clip: bound of the ratio where the advantage is negative; 0 is off")
-    reference_policy_kl_penalty: float = field(0.0, "weight of the KL to the starting policy; 0 needs no reference")
-    kl_importance_weight: bool = field(True, "weight the KL by policy / sampler, which makes its gradient unbiased")
+    ratio_clip_c: float = field(
+        0.0, "dual clip: bound of the ratio where the advantage is negative; 0 is off"
+    )
+    reference_policy_kl_penalty: float = field(
+        0.0, "weight of the KL to the starting policy; 0 needs no reference"
+    )
+    kl_importance_weight: bool = field(
+        True, "weight the KL by policy / sampler, which makes its gradient unbiased"
+    )
     truncated_importance_sampling_ratio: float = field(
         2.0, "bound of old / sampler, which corrects for the sampler's own numerics; 0 is off"
     )
@@ -40,14 +46,17 @@ class PolicyLossConfig:
     def __post_init__(self):
         if not 0 < self.ratio_clip_min <= 1 or self.ratio_clip_max <= 0:
             raise ValueError(
-                f"ratio_clip_min, ratio_clip_max: expected (0, 1] and > 0, got {self.ratio_clip_min}, {self.ratio_clip_max}"
+                f"ratio_clip_min, ratio_clip_max: expected (0, 1] and > 0, got "
+                f"{self.ratio_clip_min}, {self.ratio_clip_max}"
             )
         if self.ratio_clip_c and self.ratio_clip_c <= 1 + self.ratio_clip_max:
-            raise ValueError(f"ratio_clip_c: expected 0 or more than 1 + ratio_clip_max, got {self.ratio_clip_c}")
+            raise ValueError(
+                f"ratio_clip_c: expected 0 or more than 1 + ratio_clip_max, got {self.ratio_clip_c}"
+            )
 
 
 def k3(log_ratio: jax.Array) -> jax.Array:
-    """exp(r) - 1 - r with r = log(q / p): for samples of p its mean is KL(p || q), and it is never negative."""
+    """exp(r) - 1 - r with r = log(q / p): over samples of p its mean is KL(p || q); never negative."""
     r = jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return jnp.clip(jnp.exp(r) - 1 - r, 0.0, _MAX_KL)
 
@@ -77,7 +86,9 @@ def policy_logps(
     """Log-probabilities [B, T] f32 of the batch's targets under the distribution the sampler draws from."""
     h_BTD, _ = hidden(params, arch, batch, compute=compute)
     x_BTD = final_norm(params, arch, h_BTD)
-    logps_BT, _ = token_logps(x_BTD, head_weight(params), batch["targets"], temperature=temperature, chunk=chunk)
+    logps_BT, _ = token_logps(
+        x_BTD, head_weight(params), batch["targets"], temperature=temperature, chunk=chunk
+    )
     return logps_BT
 
 

@@ -17,4 +17,3 @@ def think_format(text: str, thinking: bool) -> float:
     if text.count(THINK) != 1 or text.count(END_THINK) != 1 or not text.startswith(THINK):
         return 0.0
     return float(bool(text.partition(END_THINK)[2].strip()))
-

@@ -26,7 +26,9 @@ class MathVerifier:
 
     def __init__(self, num_workers: int = 1, timeout: float = 10.0):
         if num_workers < 1 or timeout <= 0:
-            raise ValueError(f"MathVerifier: expected num_workers >= 1 and timeout > 0, got {num_workers}, {timeout}")
+            raise ValueError(
+                f"MathVerifier: expected num_workers >= 1 and timeout > 0, got {num_workers}, {timeout}"
+            )
         self._timeout = timeout
         self._workers: list[subprocess.Popen | None] = [None] * num_workers
 
@@ -41,7 +43,7 @@ class MathVerifier:
             self._stop(slot)
 
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        """For each (reference, answer): 1.0 equal, 0.0 not, None when the worker failed or ran out of time."""
+        """For each (reference, answer): 1.0 equal, 0.0 not, None when the worker failed or was late."""
         results: list[float | None] = [None] * len(pairs)
         waiting = list(range(len(pairs)))[::-1]
         running: dict[int, tuple[int, float]] = {}  # slot -> (index of the pair, deadline)

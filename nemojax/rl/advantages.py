@@ -21,7 +21,9 @@ class Advantages:
     metrics: dict[str, float]
 
 
-def group_advantages(rewards_PG: np.ndarray, normalize: bool = True, leave_one_out: bool = False) -> Advantages:
+def group_advantages(
+    rewards_PG: np.ndarray, normalize: bool = True, leave_one_out: bool = False
+) -> Advantages:
     """Reward less the group's mean, over its sample standard deviation when `normalize`.
 
     `leave_one_out`: the baseline of a sample is the mean of the others (RLOO, arXiv:2402.14740); the

@@ -30,7 +30,8 @@ class CurriculumConfig:
     def __post_init__(self):
         if not 0 <= self.min_pass_rate <= self.max_pass_rate <= 1.01:
             raise ValueError(
-                f"max_pass_rate: expected min_pass_rate <= max_pass_rate, got {self.min_pass_rate}, {self.max_pass_rate}"
+                f"max_pass_rate: expected min_pass_rate <= max_pass_rate, got "
+                f"{self.min_pass_rate}, {self.max_pass_rate}"
             )
         if self.width <= 0 or self.bins < 1 or self.samples < 0:
             raise ValueError("width, bins: expected positive numbers; samples: expected 0 or more")
@@ -41,7 +42,9 @@ class Uniform:
 
     def __init__(self, num_problems: int, seed: int):
         if num_problems < 1:
-            raise ValueError("rl.problems: expected at least one training problem, got none; raise their number")
+            raise ValueError(
+                "rl.problems: expected at least one training problem, got none; raise their number"
+            )
         self._n, self._seed, self._drawn = num_problems, seed, 0
 
     def draw(self, count: int, progress: float) -> list[int]:
@@ -72,7 +75,7 @@ class Gaussian:
         keep = np.flatnonzero((rates < cfg.max_pass_rate) & (rates >= cfg.min_pass_rate))
         if keep.size == 0:
             raise ValueError(
-                f"rl.curriculum: expected problems with a pass rate in [{cfg.min_pass_rate}, {cfg.max_pass_rate}), "
+                f"rl.curriculum: expected pass rates in [{cfg.min_pass_rate}, {cfg.max_pass_rate}), "
                 f"got none of {rates.size}; widen the band or take harder problems"
             )
         self._cfg, self._seed, self._batches = cfg, seed, 0
@@ -118,7 +121,10 @@ class Gaussian:
         return indices[np.argsort(self._uses[indices], kind="stable")]
 
     def state(self) -> dict:
-        return {"batches": self._batches, "uses": {str(i): int(self._uses[i]) for i in np.flatnonzero(self._uses)}}
+        return {
+            "batches": self._batches,
+            "uses": {str(i): int(self._uses[i]) for i in np.flatnonzero(self._uses)},
+        }
 
     def restore(self, state: dict) -> None:
         self._batches = int(state["batches"])

@@ -54,8 +54,7 @@ def trainer_logps(params, batch, temperature=1.0):
 def test_sampler_and_trainer_agree(params, temperature):
     prompts = make_prompts(20)
     out = generate(
-        params, ARCH, prompts, jax.random.key(1), SamplingConfig(temperature=temperature, max_new_tokens=24), [EOS],
-        max_batch=16,
+        params, ARCH, prompts, jax.random.key(1), SamplingConfig(temperature, max_new_tokens=24), [EOS], max_batch=16
     )  # fmt: skip
     examples = [
         Example(np.array(p + c.tokens), np.array([0.0] * len(p) + [1.0] * len(c.tokens)))
@@ -73,7 +72,9 @@ def test_sampler_and_trainer_agree(params, temperature):
 
 def test_greedy_equals_a_loop_without_cache(params):
     prompts = make_prompts(3, seed=5)
-    out = generate(params, ARCH, prompts, jax.random.key(0), SamplingConfig(temperature=0, max_new_tokens=12), [])
+    out = generate(
+        params, ARCH, prompts, jax.random.key(0), SamplingConfig(temperature=0, max_new_tokens=12), []
+    )
     forward = jax.jit(lambda p, tokens: apply(p, ARCH, {"tokens": tokens})[0])
     for prompt, completion in zip(prompts, out, strict=True):
         tokens = list(prompt)

@@ -11,13 +11,13 @@ from nemojax.arch import uniform
 from nemojax.losses.policy import PolicyLossConfig, clipped_objective, grpo_loss, k3, policy_logps
 from nemojax.model.llama import init_params
 
-ARCH = uniform(
-    vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=32, context=32
-)
+ARCH = uniform(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=32, context=32)
 
 
 def objective(ratio, advantage, **cfg):
-    loss, _, _ = clipped_objective(jnp.log(jnp.array(ratio)), jnp.array(0.0), jnp.array(advantage), PolicyLossConfig(**cfg))
+    loss, _, _ = clipped_objective(
+        jnp.log(jnp.array(ratio)), jnp.array(0.0), jnp.array(advantage), PolicyLossConfig(**cfg)
+    )
     return float(loss)
 
 

@@ -18,4 +18,3 @@ from nemojax.rewards.format import think_format
 )
 def test_think_format(text, on, off):
     assert (think_format(text, True), think_format(text, False)) == (on, off)
-

@@ -15,7 +15,12 @@ def verifier():
 
 
 def test_equivalence(verifier):
-    pairs = [("$\\frac{1}{2}$", "$0.5$"), ("$3$", "$4$"), ("$\\{1,2\\}$", "$\\{2,1\\}$"), ("12", "the answer is 12")]
+    pairs = [
+        ("$\\frac{1}{2}$", "$0.5$"),
+        ("$3$", "$4$"),
+        ("$\\{1,2\\}$", "$\\{2,1\\}$"),
+        ("12", "the answer is 12"),
+    ]
     assert verifier.verify(pairs) == [1.0, 0.0, 1.0, 1.0]
 
 
