@@ -40,6 +40,7 @@ class Bld:
 
     steps: int = field(64, "training steps for each kind of variant; 0 keeps the first weights")
     together: int = field(0, "kinds trained from one parent forward, and saved together; 0: all of them")
+    side_by_side: int = field(0, "variants of a stack in one matmul; 0: one on a CPU, else the whole stack")
     optim: OptimConfig = field(OptimConfig(lr=1e-3, warmup_steps=4, weight_decay=0.0), "its optimiser")
 
     def __post_init__(self):
@@ -167,7 +168,7 @@ def train(
     tx = make_optimizer(bld.optim, bld.steps)
     stacks = [jax.tree.map(jnp.asarray, w) for w in weights]
     state = [(w, jax.vmap(tx.init)(w)) for w in stacks]
-    step = jax.jit(partial(_step, arch, tuple(kinds), tx, compute), donate_argnums=0)
+    step = jax.jit(partial(_step, arch, tuple(kinds), tx, compute, bld.side_by_side), donate_argnums=0)
     curves = []
     for batch in take(batches, bld.steps, "bld.steps"):
         state, losses = step(state, params, {k: batch[k] for k in ("tokens", "positions", "segments")})
@@ -221,6 +222,7 @@ def _step(
     kinds: tuple[Kind, ...],
     tx: optax.GradientTransformation,
     compute: Compute,
+    side_by_side: int,
     state: list[tuple[dict, Any]],
     params: dict,
     batch: dict,
@@ -232,11 +234,17 @@ def _step(
     for kind, (weights, opt_state) in zip(kinds, state, strict=True):
         here = _gather(streams, arch, kind.layers)
         frozen = _gather(params["runs"], arch, kind.layers).get("ffn", {}) if kind.part == "attn" else {}
-        update = jax.vmap(partial(_update_one, arch, kind, tx, ctx))
-        weights, opt_state, loss_L = update(weights, opt_state, frozen, here)
+        update = partial(_update_one, arch, kind, tx, ctx)
+        weights, opt_state, loss_L = _over_stack(update, side_by_side, (weights, opt_state, frozen, here))
         out.append((weights, opt_state))
         losses.append(loss_L)
     return out, losses
+
+
+def _over_stack(fn: Callable[..., Any], side_by_side: int, stacks: tuple) -> Any:
+    """fn over the leading axis. A CPU is faster at one plain matmul after another than at batched ones."""
+    count = side_by_side or (1 if jax.default_backend() == "cpu" else jax.tree.leaves(stacks)[0].shape[0])
+    return jax.lax.map(lambda one: fn(*one), stacks, batch_size=count if count > 1 else None)
 
 
 def _update_one(
