@@ -23,7 +23,7 @@ from nemojax import config, stage
 from nemojax.commands import STAGES, Parser, split_overrides, summary_line
 from nemojax.config import field, required
 
-PIPELINE, REPLACED = "pipeline.json", "replaced"
+REPLACED = "replaced"
 _REFERENCE = re.compile(r"@(\.|[\w-]+)(/.*)?", re.DOTALL)
 
 
@@ -269,15 +269,15 @@ def _state(step: Step, root: Path) -> str:
 def _check_root(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root}: expected a directory, got a file; choose another --workdir")
-    if root.is_dir() and any(root.iterdir()) and not (root / PIPELINE).is_file():
+    if root.is_dir() and any(root.iterdir()) and not (root / stage.PIPELINE).is_file():
         raise ValueError(f"{root}: expected an empty directory or a pipeline's; choose another --workdir")
 
 
 def _claim(root: Path) -> None:
     _check_root(root)
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / PIPELINE).is_file():
-        stage.write_json(root / PIPELINE, {"format_version": stage.FORMAT_VERSION})
+    if not (root / stage.PIPELINE).is_file():
+        stage.write_json(root / stage.PIPELINE, {"format_version": stage.FORMAT_VERSION})
 
 
 def _print_plan(

@@ -23,6 +23,7 @@ from nemojax.config import to_dict
 
 FORMAT_VERSION = 1
 CONFIG, RESULT, DONE, LOCK = "config.json", "result.json", "DONE", ".lock"
+PIPELINE = "pipeline.json"  # marks a directory whose folders are stages
 _BOOKKEEPING = {CONFIG, f"{CONFIG}.partial", LOCK}
 _VERSIONS = ("nemojax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _HASHED_BYTES = 1 << 20  # larger files count by name, size and time of change
@@ -73,7 +74,8 @@ def run_stage(
 def fingerprint(path: str | os.PathLike) -> str:
     """A hex digest that changes when what stands at `path` does.
 
-    A finished stage answers from its DONE. An unfinished artifact, a file or any other directory answers
+    A finished stage answers from its DONE, a pipeline from its finished stages, but for those that read the
+    pipeline as a whole (a report). An unfinished artifact, a file or any other directory answers
     from names, sizes, times of change, and the contents of small files. ValueError when nothing is there.
     """
     path = Path(path)
@@ -84,6 +86,8 @@ def fingerprint(path: str | os.PathLike) -> str:
         return _digest([_file_entry(path, path.name)])
     if not path.is_dir():
         raise ValueError(f"{path}: expected an artifact, a directory or a file, got nothing there")
+    if (path / PIPELINE).is_file():
+        return _digest([[d.name, fingerprint(d)] for d in finished_stages(path)])
     if (path / "arch.json").is_file():  # an imported artifact: not its logs, nor its own bookkeeping
         roots = [path / "arch.json", path / "tokenizer", path / "checkpoints"]
     else:
@@ -92,6 +96,16 @@ def fingerprint(path: str | os.PathLike) -> str:
         f for root in roots for f in ([root] if root.is_file() else root.rglob("*")) if f.is_file()
     )
     return _digest([_file_entry(f, str(f.relative_to(path))) for f in files if f.name != LOCK])
+
+
+def finished_stages(pipeline: Path) -> list[Path]:
+    """Work directories of a pipeline that are done, without those whose input is the pipeline itself."""
+    done = [d for d in sorted(pipeline.iterdir()) if d.is_dir() and read_done(d)]
+    return [d for d in done if os.path.abspath(pipeline) not in map(os.path.abspath, _inputs(d))]
+
+
+def _inputs(workdir: Path) -> list[str]:
+    return list((read_json(workdir / CONFIG) or {}).get("inputs", {}))
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -71,7 +71,8 @@ def top_level(tree: ast.Module) -> ast.Module:
         def visit_FunctionDef(self, node):
             return None
 
-        visit_AsyncFunctionDef = visit_FunctionDef
+        def visit_AsyncFunctionDef(self, node):
+            return None
 
         def visit_If(self, node):
             return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)

@@ -54,7 +54,7 @@ def calls(monkeypatch) -> Calls:
                 made.append(kind)
                 return {"size": cfg.size, "nested": {"read": len(cfg.source)}}
 
-            return run_stage(kind, cfg, workdir, [cfg.source] if kind in ("distill", "sft") else [], body)
+            return run_stage(kind, cfg, workdir, [cfg.source] if cfg.source else [], body)
 
         fake = ModuleType(f"fake_{kind}")
         fake.__dict__.update(Config=Config, run=run)
@@ -94,7 +94,7 @@ def test_a_changed_stage_is_moved_aside_and_what_follows_runs_again(calls, recip
     pipeline.run(pipeline.load(recipe), root)
     calls.clear()
     pipeline.run(pipeline.load(recipe, ["healed.size=7"]), root)
-    assert calls == ["distill", "sft"]
+    assert calls == ["distill", "sft", "report"]
     assert (root / "replaced" / "healed-1" / "half").read_text() == "1"
     assert (root / "healed" / "half").read_text() == "7"
     assert "configuration or inputs have changed" in capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_earlier_stages_stay_as_they_are_with_from(calls, recipe, tmp_path):
     pipeline.run(pipeline.load(recipe), root)
     calls.clear()
     pipeline.run(pipeline.load(recipe, ["pretrain.size=3", "sft.size=6"]), root, Selection(first="sft"))
-    assert calls == ["sft"]
+    assert calls == ["sft", "report"]
 
 
 def test_dry_run_writes_nothing(calls, recipe, tmp_path, capsys):
