@@ -1,8 +1,8 @@
 """The whole pipeline on two CPU cores: a parent from scratch, compressed, healed, taught to reason, exported.
 
-    nemojax run --config=configs/quickstart.py --workdir=runs/quickstart
-    nemojax run --config=configs/quickstart.py:seed=1 --workdir=runs/quickstart-seed1
-    nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (a minute, learns little)
+nemojax run --config=configs/quickstart.py --workdir=runs/quickstart
+nemojax run --config=configs/quickstart.py:seed=1 --workdir=runs/quickstart-seed1
+nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (a minute, learns little)
 """
 
 from ml_collections import ConfigDict
@@ -42,7 +42,11 @@ def get_config(argument: str = "") -> ConfigDict:
     }
     stages = {
         "tokenizer": {
-            "config": {"sources": [text, *[t | {"limit": 400} for t in tasks]], "vocab_size": 512, "context": 256}
+            "config": {
+                "sources": [text, *[t | {"limit": 400} for t in tasks]],
+                "vocab_size": 512,
+                "context": 256,
+            }
         },
         "pretrain": {
             "config": {
@@ -107,7 +111,12 @@ def get_config(argument: str = "") -> ConfigDict:
         "rl": {
             "config": {
                 "model": "@sft",
-                "problems": {"families": [HARD], "count": 200 if small else 4000, "split": "train", "seed": seed},
+                "problems": {
+                    "families": [HARD],
+                    "count": 200 if small else 4000,
+                    "split": "train",
+                    "seed": seed,
+                },
                 "validation": {"problems": held | {"families": [HARD]}, "thinking": "on"},
                 "rollout": {"thinking": "on", "num_prompts_per_step": 16, "num_generations_per_prompt": 8},
                 "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 5},

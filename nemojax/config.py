@@ -35,7 +35,7 @@ def required(doc: str) -> Any:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Builds the dataclass `cls` from a nested mapping; ValueError for an unknown, missing or mistyped key."""
+    """The dataclass `cls` from a nested mapping; ValueError for an unknown, missing or mistyped key."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in values:

@@ -22,6 +22,7 @@ import optax
 from nemojax.arch import ArchSpec, Attention
 from nemojax.backends.chips import peak_flops
 from nemojax.checkpoints.artifact import Checkpoints
+from nemojax.commands import EXIT_PREEMPTED
 from nemojax.config import field
 from nemojax.log import RunLog
 from nemojax.losses.tokens import token_logps
@@ -31,8 +32,6 @@ from nemojax.optim import OptimConfig, make_optimizer, make_schedule
 from nemojax.sharding import place_batch, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
-
-EXIT_PREEMPTED = 75
 
 
 class LossFn(Protocol):
@@ -101,7 +100,7 @@ def init_state(
 def make_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1, ema_decay: float = 0.0
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """A pure (state, frozen, batch) -> (state, metrics). A step that is not finite leaves the weights alone."""
+    """A pure (state, frozen, batch) -> (state, metrics). A step that is not finite changes no weights."""
 
     def step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
         key = jax.random.fold_in(state.key, state.step)
@@ -273,7 +272,8 @@ class _Loop:
         ids = getattr(self.batches, "ids", [])
         good = self.checkpoints.latest()
         raise ValueError(
-            f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])} not finite"
+            f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
+            " not finite"
             + (f"; batch {', '.join(map(str, ids[:8]))}" if ids else "")
             + (f"; last good checkpoint is step {good}" if good is not None else "; no checkpoint yet")
             + "; lower the learning rate or set on_nonfinite to skip"

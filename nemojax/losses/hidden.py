@@ -14,7 +14,7 @@ def cosine_distance(student_BTD: jax.Array, teacher_BTD: jax.Array, eps: float =
 
 
 def normalised_mse(student_BTD: jax.Array, teacher_BTD: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """MSE(teacher, student) / MSE(teacher, 0) over the weighted positions, a scalar (Puzzle, blockwise distillation)."""
+    """MSE(teacher, student) / MSE(teacher, 0) over the weighted positions, a scalar (Puzzle, section 3)."""
     s, t = student_BTD.astype(jnp.float32), teacher_BTD.astype(jnp.float32)
     error = jnp.sum(jnp.sum((s - t) ** 2, -1) * weights_BT)
     return error / jnp.maximum(jnp.sum(jnp.sum(t * t, -1) * weights_BT), 1e-12)

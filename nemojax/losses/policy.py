@@ -15,10 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from nemojax.arch import ArchSpec
 from nemojax.config import field
-from nemojax.losses.tokens import token_logps
-from nemojax.model.llama import Compute, Params, final_norm, head_weight, hidden
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 _MAX_LOG_RATIO, _MAX_KL = 20.0, 10.0
@@ -74,64 +71,35 @@ def clipped_objective(
     return loss_BT, ratio_BT, clamped_BT
 
 
-def policy_logps(
-    params: Params,
-    arch: ArchSpec,
-    batch: Mapping[str, jax.Array],
-    *,
-    temperature: float = 1.0,
-    compute: Compute = Compute(),
-    chunk: int = 0,
-) -> jax.Array:
-    """Log-probabilities [B, T] f32 of the batch's targets under the distribution the sampler draws from."""
-    h_BTD, _ = hidden(params, arch, batch, compute=compute)
-    x_BTD = final_norm(params, arch, h_BTD)
-    logps_BT, _ = token_logps(
-        x_BTD, head_weight(params), batch["targets"], temperature=temperature, chunk=chunk
-    )
-    return logps_BT
+def grpo_objective(
+    logps_BT: jax.Array, batch: Mapping[str, jax.Array], cfg: PolicyLossConfig
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """(loss summed over weighted tokens, their weight, metrics) from the current log-probabilities.
 
-
-def grpo_loss(
-    arch: ArchSpec,
-    cfg: PolicyLossConfig = PolicyLossConfig(),
-    *,
-    temperature: float = 1.0,
-    compute: Compute = Compute(),
-    chunk: int = 0,
-):
-    """A LossFn: the clipped objective plus KL, summed over weighted tokens (token mean of the global batch).
-
-    Batch keys beyond the usual: advantages, sampler_logps, old_logps (absent: on-policy), ref_logps (needed
-    when the KL penalty is on), all [B, T] f32, aligned with `targets`.
+    Batch keys: weights, advantages, sampler_logps, old_logps (absent: on-policy), ref_logps (needed when the
+    KL penalty is on), all [B, T] f32.
     """
-
-    def loss_fn(params: Params, frozen, batch: Mapping[str, jax.Array], key: jax.Array):
-        del frozen, key
-        logps_BT = policy_logps(params, arch, batch, temperature=temperature, compute=compute, chunk=chunk)
-        # masked positions hold whatever follows a prompt; they must not meet exp
-        mask_BT = batch["weights"] > 0
-        logps_BT = jnp.where(mask_BT, logps_BT, 0.0)
-        sampler_BT = jnp.where(mask_BT, batch["sampler_logps"], 0.0)
-        old_BT = jnp.where(mask_BT, batch.get("old_logps", jax.lax.stop_gradient(logps_BT)), 0.0)
-        weights_BT, weight = batch["weights"], jnp.sum(batch["weights"])
-        loss_BT, ratio_BT, clamped_BT = clipped_objective(logps_BT, old_BT, batch["advantages"], cfg)
-        drift_BT = jnp.exp(old_BT - sampler_BT)
-        if cfg.truncated_importance_sampling_ratio:
-            loss_BT = loss_BT * jnp.minimum(drift_BT, cfg.truncated_importance_sampling_ratio)
-        metrics = _sampler_metrics(logps_BT, old_BT, sampler_BT, cfg)
-        metrics |= {"probs_ratio": ratio_BT, "probs_ratio_clamped": clamped_BT}
-        metrics["clip_fraction"] = (ratio_BT != clamped_BT).astype(jnp.float32)
-        if cfg.reference_policy_kl_penalty:
-            kl_BT = k3(jnp.where(mask_BT, batch["ref_logps"], 0.0) - logps_BT)
-            if cfg.kl_importance_weight:
-                kl_BT = kl_BT * jnp.exp(jnp.clip(logps_BT - sampler_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-            metrics["kl_penalty"] = kl_BT
-            loss_BT = loss_BT + cfg.reference_policy_kl_penalty * kl_BT
-        sums = {name: (jnp.sum(jax.lax.stop_gradient(v) * weights_BT), weight) for name, v in metrics.items()}
-        return jnp.sum(loss_BT * weights_BT), weight, sums
-
-    return loss_fn
+    # masked positions hold whatever follows a prompt; they must not meet exp
+    mask_BT = batch["weights"] > 0
+    logps_BT = jnp.where(mask_BT, logps_BT, 0.0)
+    sampler_BT = jnp.where(mask_BT, batch["sampler_logps"], 0.0)
+    old_BT = jnp.where(mask_BT, batch.get("old_logps", jax.lax.stop_gradient(logps_BT)), 0.0)
+    weights_BT, weight = batch["weights"], jnp.sum(batch["weights"])
+    loss_BT, ratio_BT, clamped_BT = clipped_objective(logps_BT, old_BT, batch["advantages"], cfg)
+    drift_BT = jnp.exp(old_BT - sampler_BT)
+    if cfg.truncated_importance_sampling_ratio:
+        loss_BT = loss_BT * jnp.minimum(drift_BT, cfg.truncated_importance_sampling_ratio)
+    metrics = _sampler_metrics(logps_BT, old_BT, sampler_BT, cfg)
+    metrics |= {"probs_ratio": ratio_BT, "probs_ratio_clamped": clamped_BT}
+    metrics["clip_fraction"] = (ratio_BT != clamped_BT).astype(jnp.float32)
+    if cfg.reference_policy_kl_penalty:
+        kl_BT = k3(jnp.where(mask_BT, batch["ref_logps"], 0.0) - logps_BT)
+        if cfg.kl_importance_weight:
+            kl_BT = kl_BT * jnp.exp(jnp.clip(logps_BT - sampler_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+        metrics["kl_penalty"] = kl_BT
+        loss_BT = loss_BT + cfg.reference_policy_kl_penalty * kl_BT
+    sums = {name: (jnp.sum(jax.lax.stop_gradient(v) * weights_BT), weight) for name, v in metrics.items()}
+    return jnp.sum(loss_BT * weights_BT), weight, sums
 
 
 def _sampler_metrics(

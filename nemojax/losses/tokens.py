@@ -21,7 +21,7 @@ def logits_of(x_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
 
 
 def over_chunks(fn: Callable[..., Any], chunk: int, *arrays: jax.Array) -> Any:
-    """Applies fn to slices of `chunk` positions (axis 1) and concatenates its [B, C] outputs; 0 is all at once."""
+    """Applies fn to slices of `chunk` positions (axis 1) and joins its [B, C] outputs; 0 is all at once."""
     length = arrays[0].shape[1]
     if chunk <= 0 or chunk >= length:
         return fn(*arrays)

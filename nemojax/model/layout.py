@@ -50,7 +50,7 @@ def layer_params(params: Mapping[str, Any], arch: ArchSpec, layer: int) -> dict[
     for i, run in enumerate(arch.runs()):
         if layer in run.layers:
             position = run.layers.index(layer)
-            return jax.tree.map(lambda leaf: _index_leaf(leaf, position), params["runs"][run_name(i)])
+            return jax.tree.map(lambda leaf, j=position: _index_leaf(leaf, j), params["runs"][run_name(i)])
     return {}
 
 
