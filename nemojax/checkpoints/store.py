@@ -7,7 +7,9 @@ moments and averages, because it looks at paths only.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,8 @@ def handler() -> Any:
     from orbax.checkpoint import type_handlers
 
     class _Arrays(type_handlers.NumpyHandler):
-        """Writes without a second host copy; when one write fails the others end before it is raised."""
+        """No second host copy; when one array fails the others end before that is raised, so that
+        nothing calls back into a closed event loop."""
 
         failures: list[Exception]
 
@@ -128,6 +131,15 @@ def handler() -> Any:
             await super()._background_serialize(values, infos, args)
             if self.failures:
                 raise self.failures[0]
+
+        async def deserialize(self, infos: Any, args: Any = None):
+            one = super().deserialize
+            kinds = args or [type_handlers.RestoreArgs()] * len(infos)
+            return await _settled([one([info], [kind]) for info, kind in zip(infos, kinds, strict=True)])
+
+        async def metadata(self, infos: Any):
+            one = super().metadata
+            return await _settled([one([info]) for info in infos])
 
     class _Lazy(_Arrays):
         """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays."""
@@ -146,6 +158,7 @@ def handler() -> Any:
             work = self._background_serialize(values, infos, args)
             return [future.CommitFutureAwaitingContractedSignals(work, name="lazy_arrays")]
 
+    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it again changes nothing
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, _Arrays(deepcopy_host_arrays=False)),
         (LazyArray, _Lazy(deepcopy_host_arrays=False)),
@@ -218,6 +231,20 @@ class Reader:
                 raise ValueError(
                     f"{self.path}: {name}: expected shape {want}, got {found}; use the same configuration"
                 )
+
+
+async def _settled(work: list[Any]) -> list[Any]:
+    """The single result of each coroutine, or the first failure once all have ended."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result[0] for result in results if not isinstance(result, BaseException)]
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback in each of its threads for a failure that we raise, once, in one line."""
+    return "orbax" not in record.pathname or record.levelno < logging.ERROR
 
 
 def _batches(sizes: Iterable[int]) -> list[list[int]]:

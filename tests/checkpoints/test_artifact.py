@@ -139,13 +139,14 @@ def test_mismatch_names_the_leaf(tmp_path):
         final_step(tmp_path / "nothing")
 
 
-def test_damaged_data_is_one_error(tmp_path):
+def test_damaged_data_is_one_error(tmp_path, capfd):
     save_params(tmp_path, MIXED, random_params(MIXED))
     for file in (tmp_path / "checkpoints" / "0" / "params").rglob("d/*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="params"):
         load_params(tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_tokenizer_travels(tmp_path):
@@ -192,7 +193,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path, delay):
     assert all(p.name.isdigit() for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
 
 
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, capfd):
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -209,5 +210,6 @@ def test_full_disk(tmp_path):
             kept.save(2, params, {"copy": params})
             kept.wait()
         assert finished_steps(small) == [1]
+        assert "Traceback" not in capfd.readouterr().err
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)
