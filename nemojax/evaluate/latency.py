@@ -40,9 +40,16 @@ def measure(
         sampling = SamplingConfig(temperature=0.0, max_new_tokens=new_tokens)
         start = time.perf_counter()
         generate(
-            params, arch, prompts, jax.random.key(0), sampling, max_batch=cfg.batch, compute=compute, mesh=mesh,
+            params,
+            arch,
+            prompts,
+            jax.random.key(0),
+            sampling,
+            max_batch=cfg.batch,
+            compute=compute,
+            mesh=mesh,
             new_capacity=cfg.new_tokens,
-        )  # fmt: skip
+        )
         return time.perf_counter() - start
 
     seconds(cfg.new_tokens)

@@ -173,10 +173,18 @@ def _make_group(
 def _empty_slots(arch: ArchSpec, shape: _Shape, key: jax.Array, compute: Compute) -> Slots:
     b = shape.slots
     cache = init_cache(arch, b, shape.prompt + shape.new, jnp.dtype(compute.dtype))
-    zeros = [jnp.zeros(b, jnp.int32) for _ in range(4)]
-    tokens_BO, logps_BO = jnp.zeros((b, shape.new), jnp.int32), jnp.zeros((b, shape.new), jnp.float32)
-    keys_B = jax.random.split(key, b)
-    return Slots(cache, *zeros, jnp.ones(b, bool), jnp.zeros(b, bool), keys_B, tokens_BO, logps_BO)
+    return Slots(
+        cache=cache,
+        last_B=jnp.zeros(b, jnp.int32),
+        position_B=jnp.zeros(b, jnp.int32),
+        count_B=jnp.zeros(b, jnp.int32),
+        limit_B=jnp.zeros(b, jnp.int32),
+        done_B=jnp.ones(b, bool),
+        stopped_B=jnp.zeros(b, bool),
+        keys_B=jax.random.split(key, b),
+        tokens_BO=jnp.zeros((b, shape.new), jnp.int32),
+        logps_BO=jnp.zeros((b, shape.new), jnp.float32),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "compute", "truncates"), donate_argnames=("slots",))

@@ -105,7 +105,7 @@ class MathVerifier:
             env={**os.environ, "PYTHONPATH": path},
         )
         self._workers[slot] = worker
-        ready, _, _ = select.select([worker.stdout], [], [], _START_SECONDS)
+        ready, _, _ = select.select([self._stdout(slot)], [], [], _START_SECONDS)
         if not ready or not self._stdout(slot).readline():
             raise TimeoutError("math-verify worker did not start")
         return worker

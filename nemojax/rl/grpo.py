@@ -31,11 +31,12 @@ from nemojax.evaluate.tasks import (
     save_records,
     summarise,
 )
-from nemojax.losses.policy import PolicyLossConfig, grpo_loss, policy_logps
+from nemojax.losses.policy import PolicyLossConfig
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig
 from nemojax.rewards.problems import MODES, ProblemSet, Question, ask, load_problems
 from nemojax.rl.curriculum import CurriculumConfig, Gaussian, Uniform
+from nemojax.rl.loss import grpo_loss, policy_logps
 from nemojax.rl.rollout import RolloutConfig, dump, pack, roll_out
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.stage import run_stage, write_json

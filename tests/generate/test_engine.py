@@ -12,8 +12,8 @@ from nemojax.data.examples import Example
 from nemojax.data.packing import row_per_example
 from nemojax.generate.engine import generate
 from nemojax.generate.sampling import SamplingConfig, log_distribution, make_controls, sample
-from nemojax.losses.policy import policy_logps
 from nemojax.model.llama import apply, init_params
+from nemojax.rl.loss import policy_logps
 
 ARCH = ArchSpec(
     vocab_size=64,
@@ -53,9 +53,8 @@ def trainer_logps(params, batch, temperature=1.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree(params, temperature):
     prompts = make_prompts(20)
-    out = generate(
-        params, ARCH, prompts, jax.random.key(1), SamplingConfig(temperature, max_new_tokens=24), [EOS], max_batch=16
-    )  # fmt: skip
+    sampling = SamplingConfig(temperature, max_new_tokens=24)
+    out = generate(params, ARCH, prompts, jax.random.key(1), sampling, [EOS], max_batch=16)
     examples = [
         Example(np.array(p + c.tokens), np.array([0.0] * len(p) + [1.0] * len(c.tokens)))
         for p, c in zip(prompts, out, strict=True)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from nemojax.arch import uniform
-from nemojax.losses.policy import PolicyLossConfig, clipped_objective, grpo_loss, k3, policy_logps
+from nemojax.losses.policy import PolicyLossConfig, clipped_objective, k3
 from nemojax.model.llama import init_params
+from nemojax.rl.loss import grpo_loss, policy_logps
 
 ARCH = uniform(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=32, context=32)
 
