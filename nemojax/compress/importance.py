@@ -72,9 +72,12 @@ def measure(
 
 
 def save(importance: Importance, path: str | Path) -> None:
-    """One .npz with arrays `ffn/3`, `kv/3`."""
+    """One .npz with arrays `ffn/3`, `kv/3`, written whole or not at all."""
     arrays = {f"{part}/{i}": a for part in ("ffn", "kv") for i, a in getattr(importance, part).items()}
-    np.savez(path, **arrays)
+    partial_path = Path(path).with_suffix(".partial")
+    with partial_path.open("wb") as file:
+        np.savez(file, **arrays)
+    partial_path.replace(path)
 
 
 def load(path: str | Path) -> Importance:
