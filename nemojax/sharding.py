@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class MeshConfig:
     tensor: int = field(1, "devices along the tensor axis (heads, channels and vocabulary split)")
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all). ValueError when the axes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]

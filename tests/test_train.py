@@ -1,5 +1,6 @@
 """The loop: accumulation, schedules, bad steps, averages, and resuming where it stopped."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -127,8 +128,9 @@ def test_it_learns_a_fixed_batch(tmp_path, name):
 
 
 def test_schedules_end_where_they_say():
+    base = OptimConfig(lr=1e-2, warmup_steps=10)
     for schedule, last in (("cosine", 1e-3), ("wsd", 1e-3), ("constant", 1e-2)):
-        rate = make_schedule(OptimConfig(lr=1e-2, warmup_steps=10, schedule=schedule), 100)
+        rate = make_schedule(dataclasses.replace(base, schedule=schedule), 100)
         assert 0 < float(rate(0)) < 2e-3
         assert float(rate(10)) == pytest.approx(1e-2)
         assert float(rate(100)) == pytest.approx(last)

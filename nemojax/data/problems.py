@@ -87,7 +87,7 @@ FAMILIES: dict[str, Family] = {
             "caesar",
             "caesar_cipher",
             ask_caesar,
-            {"min_words": 1, "max_words": 1, "min_rotation": 1, "max_rotation": 3},
+            {"min_words": 1, "max_words": 2, "min_rotation": 1, "max_rotation": 25},
         ),
         Family("bits", "count_bits", ask_bits, {"min_n": 1024, "max_n": 32767}),
         Family(

@@ -150,7 +150,7 @@ def _with_datasets(source: Source) -> list[str]:
     import datasets
 
     files = [str(path) for path in _files(source)]
-    extra = {"sample_by": "document"} if source.kind == "text" else {}
+    extra: dict[str, Any] = {"sample_by": "document"} if source.kind == "text" else {}
     try:
         table = datasets.load_dataset(source.kind, data_files=files, split="train", **extra)
     except Exception as error:

@@ -66,13 +66,16 @@ class SubBlock(nnx.Module):
     def weight(self, name: str, dtype: Any) -> jax.Array:
         return getattr(self, name)[...].astype(dtype)
 
+    def normed(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.weight("norm", x_BTD.dtype), arch.norm_eps)
+
 
 class AttentionBlock(SubBlock):
     def mix(
         self, arch: ArchSpec, spec: Attention, x_BTD: jax.Array, ctx: Context, update: CacheUpdate | None
     ) -> jax.Array:
         """Per-head outputs before the output projection, [B, T, N, H]."""
-        x = rms_norm(x_BTD, self.norm[...], arch.norm_eps)
+        x = self.normed(arch, x_BTD)
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x, self.weight("q", x.dtype))
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x, self.weight("k", x.dtype))
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x, self.weight("v", x.dtype))
@@ -91,7 +94,7 @@ class AttentionBlock(SubBlock):
 class SwiGLUBlock(SubBlock):
     def mix(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
         """Channel activations before the down projection, [B, T, F]."""
-        x = rms_norm(x_BTD, self.norm[...], arch.norm_eps)
+        x = self.normed(arch, x_BTD)
         gate_BTF = jnp.einsum("BTD,DF->BTF", x, self.weight("gate", x.dtype))
         up_BTF = jnp.einsum("BTD,DF->BTF", x, self.weight("up", x.dtype))
         return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", None, "mlp")
@@ -102,12 +105,15 @@ class SwiGLUBlock(SubBlock):
 
 class LinearBlock(SubBlock):
     def __call__(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
-        x = rms_norm(x_BTD, self.norm[...], arch.norm_eps)
+        x = self.normed(arch, x_BTD)
         return jnp.einsum("BTD,DE->BTE", x, self.weight("linear", x.dtype))
 
 
 class Block(nnx.Module):
     """Attention sub-block, then feed-forward sub-block, each added to the residual unless it is a no-op."""
+
+    attn: Any
+    ffn: Any
 
     def __init__(self, arch: ArchSpec, spec: BlockSpec, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         match spec.attn:
@@ -170,10 +176,9 @@ def init_block(arch: ArchSpec, spec: BlockSpec, key: jax.Array, dtype: Any = jnp
 def block_axes(arch: ArchSpec, spec: BlockSpec) -> dict[str, Any]:
     """Logical axes of one block's weights, in the shape of its parameters."""
     _, state = abstract_block(arch, spec)
-    flat = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
     out: dict[str, Any] = {}
-    for (sub, name), axes in flat.items():
-        out.setdefault(sub, {})[name] = axes
+    for (sub, name), variable in nnx.to_flat_state(state):
+        out.setdefault(str(sub), {})[name] = variable.get_metadata()["axes"]
     return out
 
 

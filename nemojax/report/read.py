@@ -93,9 +93,7 @@ def read_pipeline(path: str | os.PathLike) -> Pipeline:
     return Pipeline(root, tuple(sorted(stages, key=lambda s: (s.depth, _kind_rank(s.kind), s.name))))
 
 
-def _stage(
-    name: str, path: Path, record: Mapping[str, Any], inputs: Mapping[str, tuple[str, ...]]
-) -> Stage:
+def _stage(name: str, path: Path, record: Mapping[str, Any], inputs: Mapping[str, tuple[str, ...]]) -> Stage:
     done = read_json(path / DONE)
     return Stage(
         name=name,

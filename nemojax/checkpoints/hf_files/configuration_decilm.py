@@ -67,6 +67,14 @@ class BlockConfig:
         return f"BlockConfig({self.to_dict()})"
 
 
+def merged_rope(theta: Any, scaling: Any, parameters: Any) -> dict[str, Any]:
+    """Either spelling (4.x: rope_theta and rope_scaling, 5.x: rope_parameters) as the second."""
+    rope = {**(scaling or {}), **(parameters or {})}
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope["rope_theta"] = theta if theta is not None else rope.get("rope_theta", 10000.0)
+    return rope
+
+
 class DeciLMConfig(PretrainedConfig):
     model_type = "nemotron-nas"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -119,19 +127,17 @@ class DeciLMConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.mlp_bias = mlp_bias
         self.pretraining_tp = pretraining_tp
-        # either spelling comes in (4.x: rope_theta and rope_scaling, 5.x: rope_parameters); readers find both
-        rope = {**(rope_scaling or {}), **(rope_parameters or {})}
-        theta = rope_theta if rope_theta is not None else rope.get("rope_theta", 10000.0)
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        full = {**rope, "rope_type": rope_type, "rope_theta": theta}
+        full = merged_rope(rope_theta, rope_scaling, rope_parameters)
         kwargs |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)  # type: ignore[call-arg]
         self.tie_word_embeddings = tie_word_embeddings
-        self.rope_theta = theta
+        self.rope_theta = full["rope_theta"]
         self.rope_parameters = full
         if not isinstance(getattr(type(self), "rope_scaling", None), property):
             self.rope_scaling = (
-                None if rope_type == "default" else {k: v for k, v in full.items() if k != "rope_theta"}
+                None
+                if full["rope_type"] == "default"
+                else {k: v for k, v in full.items() if k != "rope_theta"}
             )
 
     def to_dict(self) -> dict[str, Any]:
