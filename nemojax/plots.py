@@ -39,7 +39,7 @@ def curves(
     axes.set_xlabel(_plain(xlabel))
     axes.set_ylabel(_plain(ylabel))
     if len(series) > 1:
-        axes.legend(frameon=False, labelcolor=_INK)
+        _legend(figure)
     return _svg(figure, title)
 
 
@@ -79,25 +79,34 @@ def tradeoff(points: Mapping[str, Point], *, title: str, xlabel: str, ylabel: st
     """A labelled dot for each name at (x, y)."""
     figure, axes = _figure(2.9)
     kept = {n: (x, y) for n, (x, y) in points.items() if math.isfinite(x) and math.isfinite(y)}
-    right = max((x for x, _ in kept.values()), default=0.0)
-    left = min((x for x, _ in kept.values()), default=0.0)
-    for n, (name, (x, y)) in enumerate(kept.items()):
+    places = _label_places(list(kept.values()))
+    for n, (name, place) in enumerate(zip(kept, places, strict=True)):
+        x, y = kept[name]
         axes.plot(x, y, "o", color=COLOURS[n % len(COLOURS)], ms=7)
-        far = right > left and (x - left) / (right - left) > 0.6  # a label towards the middle
+        left, down = place
         axes.annotate(
-            _plain(name), (x, y), xytext=(-7 if far else 7, 4), textcoords="offset points", color=_INK,
-            ha="right" if far else "left",
+            _plain(name), (x, y), xytext=(-7 if left else 7, -2 - 10 * down), textcoords="offset points",
+            color=_INK, fontsize=9, ha="right" if left else "left",
         )  # fmt: skip
     axes.margins(0.12, 0.2)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(_plain(xlabel))
     axes.set_ylabel(_plain(ylabel))
     return _svg(figure, title)
 
 
 def grouped_bars(
-    values: Mapping[str, Mapping[str, tuple[float, float, float]]], *, title: str, ylabel: str
+    values: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    title: str,
+    ylabel: str,
+    top: float | None = None,
 ) -> str:
-    """Bars with intervals: {group: {bar: (value, low, high)}}; bars of one name share a colour."""
+    """Bars with intervals: {group: {bar: (value, low, high)}}; bars of one name share a colour.
+
+    top: the end of the y axis, the same in figures to be compared; None takes what is needed.
+    """
     figure, axes = _figure(2.9)
     names = list(dict.fromkeys(name for bars in values.values() for name in bars))
     size = 0.8 / max(len(names), 1)
@@ -113,10 +122,32 @@ def grouped_bars(
     axes.set_xticks(range(len(values)), [_plain(group) for group in values])
     axes.tick_params(axis="x", labelrotation=20 if len(values) > 5 else 0)
     axes.set_ylabel(_plain(ylabel))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, top)
     if len(names) > 1:
-        axes.legend(frameon=False, labelcolor=_INK)
+        _legend(figure)
     return _svg(figure, title)
+
+
+def _label_places(points: Sequence[Point]) -> list[tuple[bool, int]]:
+    """For each dot, whether its label stands left of it, and how many lines it moves down for the others."""
+    low = [min((p[i] for p in points), default=0.0) for i in (0, 1)]
+    span = [max((p[i] for p in points), default=0.0) - low[i] or 1.0 for i in (0, 1)]
+    at = [((x - low[0]) / span[0], (y - low[1]) / span[1]) for x, y in points]
+    line = 0.09  # a line of text as a share of the axis
+    places, taken = {}, []
+    for n in sorted(range(len(at)), key=lambda n: -at[n][1]):
+        x, y = at[n]
+        left, down = x > 0.6, 0
+        while any(left == s and abs(x - u) < 0.35 and abs(y - down * line - v) < line for s, u, v in taken):
+            down += 1
+        taken.append((left, x, y - down * line))
+        places[n] = (left, down)
+    return [places[n] for n in range(len(at))]
+
+
+def _legend(figure: Any) -> None:
+    """Above the axes, where it hides nothing."""
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=_INK, fontsize=9)
 
 
 def _share(sub: AttnSpec | FfnSpec, most: int) -> float:

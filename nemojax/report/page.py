@@ -164,10 +164,13 @@ def block_maps(pipeline: Pipeline) -> Figure | None:
 def quality_figures(found: Sequence[Model]) -> list[Figure]:
     """Loss against size and speed, and pass@1 with thinking on and off."""
     figures = []
-    losses = {m.name: m.heldout.get("loss") for m in found}
     for key, label in (("num_params", "parameters"), ("decode_tokens_per_second", "decoded tokens/s")):
-        costs = {m.name: {**m.row, **(m.row.get("latency") or {})}.get(key) for m in found}
-        points = {n: (c, losses[n]) for n, c in costs.items() if is_number(c) and is_number(losses[n])}
+        points: dict[str, plots.Point] = {}
+        for model in found:
+            cost = {**model.row, **(model.row.get("latency") or {})}.get(key)
+            loss = model.heldout.get("loss")
+            if is_number(cost) and is_number(loss):
+                points[model.name] = (cost, loss)
         if points:
             caption = f"held-out loss against {label}"
             svg = plots.tradeoff(points, title=caption, xlabel=label, ylabel="held-out loss, nats a token")
@@ -177,7 +180,7 @@ def quality_figures(found: Sequence[Model]) -> list[Figure]:
         named = {m: {f"thinking {mode}": v for mode, v in modes.items()} for m, modes in bars.items()}
         if family != "all" or len(found[-1].passed()) > 2:
             caption = f"pass@1, {'all families' if family == 'all' else family}"
-            svg = plots.grouped_bars(named, title=caption, ylabel="pass@1")
+            svg = plots.grouped_bars(named, title=caption, ylabel="pass@1", top=1.0)
             figures.append(Figure(f"{caption}, with 95% intervals", svg))
     return figures
 

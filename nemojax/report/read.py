@@ -1,4 +1,4 @@
-"""What lies in a pipeline's directory, read into plain data. Nothing here fails because a stage is missing."""
+"""What lies in a pipeline's directory, read into plain data. A missing stage is no error here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONVERSATIONS, SOLUTION = "conversations.jsonl", "solution.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's work directory. `depth`: how many stages stand before it; `inputs`: names of those it reads."""
+    """One stage's work directory. `inputs`: the stages it reads; `depth`: how many stand in a row."""
 
     name: str
     kind: str
@@ -89,7 +89,7 @@ def read_pipeline(path: str | os.PathLike) -> Pipeline:
         name: tuple(n for n in (Path(p).name for p in record.get("inputs", {})) if n in found and n != name)
         for name, (_, record) in found.items()
     }
-    stages = [_stage(name, *found[name], inputs) for name in found]
+    stages = [_stage(name, at, record, inputs) for name, (at, record) in found.items()]
     return Pipeline(root, tuple(sorted(stages, key=lambda s: (s.depth, _kind_rank(s.kind), s.name))))
 
 

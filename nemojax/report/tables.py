@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemojax.arch import describe
 from nemojax.report.read import SOLUTION, Pipeline, Stage
@@ -14,6 +14,7 @@ from nemojax.stage import read_json
 Interval = tuple[float, float, float]
 NONE = "–"
 _BYTES = {"float32": 4, "bfloat16": 2}
+_TERMS = ("kl", "cosine", "lm")  # of the distillation loss; its other fields are not weights
 _TRAINED = ("pretrain", "compress", "distill", "sft", "rl")
 
 
@@ -50,7 +51,7 @@ class Model:
 
 
 def models(pipeline: Pipeline) -> list[Model]:
-    """The models that were evaluated, each after the one it was made from; without `evaluate`, sizes alone."""
+    """The evaluated models, each after the one it was made from; sizes alone where `evaluate` is missing."""
     if evaluate := pipeline.first("evaluate"):
         order = {stage.name: n for n, stage in enumerate(pipeline.stages)}
         found = [
@@ -73,8 +74,10 @@ def models(pipeline: Pipeline) -> list[Model]:
 
 def wilson(summary: Mapping[str, Any], z: float = 1.96) -> Interval | None:
     """pass@1 with its 95% Wilson score interval over prompts; None when nothing was graded."""
-    p, n = summary.get("pass@1"), summary.get("prompts", 0) * (1 - summary.get("verifier_error_rate", 0.0))
-    if not is_number(p) or n <= 0:
+    p, prompts, failed = (summary.get(key, 0.0) for key in ("pass@1", "prompts", "verifier_error_rate"))
+    if not (is_number(p) and is_number(prompts) and is_number(failed)):
+        return None
+    if (n := prompts * (1 - failed)) <= 0:
         return None
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
@@ -148,7 +151,7 @@ def distill_table(pipeline: Pipeline) -> Table:
     for stage in pipeline.of("distill"):
         result, terms = stage.result, stage.config.get("loss") or {}
         before, after = _at(result, "heldout_before", "loss"), _at(result, "heldout", "loss")
-        used = " + ".join(f"{weight:g} {name}" for name, weight in terms.items() if _positive(weight))
+        used = " + ".join(f"{weight:g} {name}" for name, weight in terms.items() if name in _TERMS and weight)
         rows.append(
             (
                 stage.name,
@@ -169,11 +172,13 @@ def gain_table(pipeline: Pipeline) -> Table:
     """What reinforcement changed: pass@1 before and after, and the paired difference with its interval."""
     rows = []
     for stage in pipeline.of("rl"):
-        for mode, gain in (stage.result.get("gain") or {}).items():
-            before, after = (_at(stage.result, when, mode, "all", "pass@1") for when in ("before", "after"))
-            prompts = _at(stage.result, "after", mode, "all", "prompts")
+        gains = stage.result.get("gain") or {}
+        for mode, gain in gains.items():
+            if mode == "all" and len(gains) == 2:  # one setting was asked: the same numbers again
+                continue
+            before, after = (_overall(stage.result.get(when) or {}, mode) for when in ("before", "after"))
             name = f"{stage.name}, " + ("overall" if mode == "all" else f"thinking {mode}")
-            rows.append((name, count(prompts), percent(before), percent(after), gain_text(gain)))
+            rows.append((name, count(after[1]), percent(before[0]), percent(after[0]), gain_text(gain)))
     header = ("stage", "prompts", "pass@1 before", "pass@1 after", "difference")
     return Table("Reinforcement, the same prompts before and after", header, rows, _BOOTSTRAP)
 
@@ -258,11 +263,13 @@ def headlines(pipeline: Pipeline, found: Sequence[Model]) -> list[tuple[str, str
         out.append(("pass@1 after SFT", percent(easiest[0]), f"{easiest[1]}, thinking {easiest[2]}"))
     gain = _at(rl.result, "gain", "all") if rl else None
     if gain:
-        out.append(("points of pass@1 by GRPO", *gain_text(gain).split(" ", 1)))
-    speeds = [_at(m.row, "latency", "decode_tokens_per_second") for m in found]
-    if len(speeds) > 1 and is_number(speeds[0]) and is_number(speeds[-1]) and speeds[0] > 0:
-        told = f"{count(speeds[0])} → {count(speeds[-1])} tokens/s"
-        out.append(("decoding speed of the parent's", f"{speeds[-1] / speeds[0]:.2f}×", told))
+        value, _, interval = gain_text(gain).partition(" ")
+        out.append(("points of pass@1 by GRPO", value, f"95% interval {interval}"))
+    ends = [_at(m.row, "latency", "decode_tokens_per_second") for m in (*found[:1], *found[-1:])]
+    speeds = [speed for speed in ends if is_number(speed)]
+    if len(found) > 1 and len(speeds) == 2 and speeds[0] > 0:
+        told = f"{count(speeds[0])} → {count(speeds[1])} tokens/s"
+        out.append(("the parent's decoding speed", f"{speeds[1] / speeds[0]:.2f}×", told))
     total = sum(s.wall_seconds or 0.0 for s in pipeline.stages)
     out.append(("minutes in all", f"{total / 60:.1f}", f"{len(pipeline.stages)} stages"))
     return out
@@ -291,11 +298,12 @@ def interval_text(interval: Interval | None) -> str:
 def gain_text(gain: Mapping[str, Any]) -> str:
     """`+12.1 [+8.0, +16.2]` points."""
     values = [gain.get(key) for key in ("pass@1", "low", "high")]
-    numbers = [f"{100 * v:+.1f}" if is_number(v) else NONE for v in values]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    # adding zero turns -0.0 into 0.0
+    points = [f"{round(100 * v, 1) + 0.0:+.1f}" if is_number(v) else NONE for v in values]
+    return f"{points[0]} [{points[1]}, {points[2]}]"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -305,12 +313,18 @@ def _at(value: Any, *keys: str) -> Any:
     return value
 
 
+def _overall(summaries: Mapping[str, Any], mode: str) -> tuple[float | None, int]:
+    """pass@1 and number of prompts over all families, of one setting of the toggle or (`all`) of both."""
+    parts = [s["all"] for m, s in summaries.items() if mode in (m, "all") and "all" in s]
+    prompts = sum(part.get("prompts", 0) for part in parts)
+    passed = [part.get("pass@1") for part in parts]
+    if not prompts or not all(is_number(p) for p in passed):
+        return None, prompts
+    return sum(part["pass@1"] * part["prompts"] for part in parts) / prompts, prompts
+
+
 def _times(value: Any, factor: float) -> float | None:
     return value * factor if is_number(value) else None
-
-
-def _positive(value: Any) -> bool:
-    return is_number(value) and value > 0
 
 
 def _mean(values: Any) -> float | None:
