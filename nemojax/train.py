@@ -344,7 +344,10 @@ class _Clock:
         now = time.perf_counter()
         rate = self.tokens / max(now - self.start, 1e-9)
         self.tokens, self.start = 0, now
-        values |= {"train/lr": float(jnp.asarray(self.schedule(step - 1))), "train/skipped": int(state.skipped)}
+        values |= {
+            "train/lr": float(jnp.asarray(self.schedule(step - 1))),
+            "train/skipped": int(state.skipped),
+        }
         values["performance/tokens_per_second"] = rate
         if self.peak:
             values["performance/mfu"] = rate * flops_per_token(self.arch, self.length) / self.peak

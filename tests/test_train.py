@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,17 +131,18 @@ def test_it_learns_a_fixed_batch(tmp_path, name):
 def test_schedules_end_where_they_say():
     base = OptimConfig(lr=1e-2, warmup_steps=10)
     for schedule, last in (("cosine", 1e-3), ("wsd", 1e-3), ("constant", 1e-2)):
-        rate = make_schedule(dataclasses.replace(base, schedule=schedule), 100)
+        rate: Any = make_schedule(dataclasses.replace(base, schedule=schedule), 100)
         assert 0 < float(rate(0)) < 2e-3
         assert float(rate(10)) == pytest.approx(1e-2)
         assert float(rate(100)) == pytest.approx(last)
-    wsd = make_schedule(OptimConfig(lr=1e-2, warmup_steps=10, schedule="wsd", decay_fraction=0.2), 100)
+    wsd: Any = make_schedule(OptimConfig(lr=1e-2, warmup_steps=10, schedule="wsd", decay_fraction=0.2), 100)
     assert float(wsd(79)) == pytest.approx(1e-2) and float(wsd(90)) < 1e-2
 
 
 def test_weight_decay_spares_the_norms():
     tx = make_optimizer(OptimConfig(lr=1.0, schedule="constant", weight_decay=0.5), 10)
     start = params()
+    updates: Any
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, start), tx.init(start), start)
     assert float(jnp.abs(updates["norm"]["scale"]).max()) == 0
     assert float(jnp.abs(updates["runs"]["000"]["attn"]["norm"]).max()) == 0
