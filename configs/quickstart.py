@@ -54,7 +54,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "shape": (SMALL if small else FULL) | {"context": 256},
                 "data": data,
                 "optim": {"name": "muon", "lr": 1e-2, "warmup_steps": steps(100), "weight_decay": 0.02},
-                "fit": {"steps": steps(2400), "log_every": steps(100)},
+                "fit": {"steps": steps(600), "log_every": steps(50)},
                 "compute": compute,
                 "seed": seed,
             }
@@ -75,7 +75,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "teacher": "@pretrain",
                 "data": data | {"seed": seed + 1},
                 "optim": {"name": "muon", "lr": 5e-3, "warmup_steps": steps(20), "weight_decay": 0.0},
-                "fit": {"steps": steps(500), "log_every": steps(50)},
+                "fit": {"steps": steps(200), "log_every": steps(50)},
                 "compute": compute,
             }
         },
@@ -87,7 +87,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "loss": {"kl": 0.0, "cosine": 0.0, "lm": 1.0},
                 "data": data | {"seed": seed + 1},
                 "optim": {"name": "muon", "lr": 5e-3, "warmup_steps": steps(20), "weight_decay": 0.0},
-                "fit": {"steps": steps(500), "log_every": steps(50)},
+                "fit": {"steps": steps(200), "log_every": steps(50)},
                 "compute": compute,
             },
         },
@@ -104,7 +104,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "seed": seed,
                 },
                 "optim": {"name": "muon", "lr": 6e-3, "warmup_steps": steps(30), "weight_decay": 0.0},
-                "fit": {"steps": steps(900), "log_every": steps(50)},
+                "fit": {"steps": steps(400), "log_every": steps(50)},
                 "compute": compute,
             }
         },
@@ -117,7 +117,7 @@ def get_config(argument: str = "") -> ConfigDict:
                     "split": "train",
                     "seed": seed,
                 },
-                "validation": {"problems": held | {"families": [HARD]}, "thinking": "on"},
+                "validation": {"problems": held | {"families": [HARD]}, "thinking": "on", "top_p_on": 1.0},
                 "rollout": {"thinking": "on", "num_prompts_per_step": 16, "num_generations_per_prompt": 8},
                 "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 5},
                 "fit": {"steps": steps(50), "log_every": 1},
@@ -128,7 +128,8 @@ def get_config(argument: str = "") -> ConfigDict:
             "config": {
                 "models": models,
                 "data": data,
-                "tasks": {"problems": held, "thinking": "both"},
+                "tasks": {"problems": held, "thinking": "both", "top_p_on": 1.0},
+                "asked": ["sft", "rl"],
                 "compute": compute,
             }
         },
