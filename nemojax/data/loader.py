@@ -65,7 +65,8 @@ class Loader:
     ):
         import grain
 
-        self.sources, self.length, self.pad_id, self.long = sources, length, pad_id, long
+        self.sources, self.length, self.pad_id = sources, length, pad_id
+        self.long: LongPolicy = long
         self.batch_size, self.process_index, self.process_count = batch_size, process_index, process_count
         streams = [
             grain.MapDataset.source(Shuffled(number, len(source), seed))

@@ -149,14 +149,14 @@ def make_problems(
     of = family(of) if isinstance(of, str) else of
     found: dict[str, Problem] = {}
     share = heldout / 100 if split == "heldout" else 1 - heldout / 100
-    patience = int(max(20_000, 20 * num) / max(share, 0.01))
-    for entry in itertools.islice(entries(of, seed), patience if num else 0):
-        prompt, trace, answer = of.ask(entry)
-        if prompt in found or is_heldout(f"{of.name}|{prompt}", heldout) != (split == "heldout"):
-            continue
-        found[prompt] = Problem(of.name, prompt, trace, answer)
-        if len(found) == num:
-            break
+    patience, idle = int(2000 / max(share, 0.01)), 0
+    endless = entries(of, seed)
+    while len(found) < num and idle < patience:
+        prompt, trace, answer = of.ask(next(endless))
+        idle += 1
+        if prompt not in found and is_heldout(f"{of.name}|{prompt}", heldout) == (split == "heldout"):
+            found[prompt] = Problem(of.name, prompt, trace, answer)
+            idle = 0
     if len(found) < num:
         raise ValueError(
             f"problems: expected {num} different {split} problems of {of.name}, found {len(found)}; "

@@ -48,7 +48,7 @@ def load_texts(source: Source) -> Sequence[str]:
         case "pydoc":
             texts = _pydoc(_own_split(source))
         case "problems":
-            texts = _problems(source)
+            return _problems(source)
         case "jsonl":
             texts = [_column(row, source, where) for where, row in _jsonl_rows(_files(source))]
         case "text" | "parquet":

@@ -1,0 +1,141 @@
+"""Loss masks, the toggle, think tags, lengths, and rows of conversations."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nemojax.data import chat
+from nemojax.data.chat import Conversation
+from tests.data.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+TWO_TURNS = (user("2+2?"), assistant("<think>count</think>4"), user("sure?"), assistant("\nyes"))
+
+
+def test_only_the_assistant_is_trained_and_its_end_of_turn(tokenizer):
+    example = chat.encode_chat(tokenizer, Conversation(TWO_TURNS, True))
+    trained = tokenizer.decode(example.ids[example.weights > 0], skip_special=False)
+    assert trained == "<think>count</think>4<|eot_id|>\nyes<|eot_id|>"
+    assert tokenizer.decode(example.ids, skip_special=False) == chat.render(
+        tokenizer, chat.with_toggle(TWO_TURNS, True)
+    )
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_the_untrained_start_is_exactly_the_prompt(tokenizer, thinking):
+    example = chat.encode_chat(tokenizer, Conversation(TWO_TURNS[:2], thinking))
+    prompt = chat.encode_prompt(tokenizer, TWO_TURNS[:1], thinking)
+    start = int(np.argmax(example.weights))
+    assert example.ids[:start].tolist() == prompt
+
+
+def test_toggle():
+    on = chat.with_toggle([user("x")], True)
+    assert on[0] == {"role": "system", "content": "detailed thinking on"}
+    off = chat.with_toggle([{"role": "system", "content": "Be brief."}, user("x")], False)
+    assert off[0]["content"] == "detailed thinking off\n\nBe brief."
+    assert chat.with_toggle(off, True)[0]["content"] == "detailed thinking on\n\nBe brief."
+    assert chat.with_toggle(chat.with_toggle(on, False), True) == on
+    assert chat.with_toggle(off, None) == off
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<think>a b</think>c", ("a b", "c")),
+        ("c", (None, "c")),
+        ("<think>\n</think>\n\nc", ("", "c")),
+        ("a</think>c", ("a", "c")),
+        ("<think>never ends", ("never ends", "")),
+        ("<think>a</think>b</think>c", ("a</think>b", "c")),
+    ],
+)
+def test_split_thinking(text, expected):
+    assert chat.split_thinking(text) == expected
+    reasoning, content = expected
+    if reasoning is not None and content:
+        assert chat.split_thinking(chat.answer_with_thinking(reasoning, content)) == expected
+
+
+def test_too_long_is_an_error_or_dropped_and_counted(tokenizer):
+    short, long = Conversation((user("a"), assistant("b"))), Conversation((user("a"), assistant("b " * 200)))
+    with pytest.raises(ValueError, match="prompt: expected at most 5 tokens"):
+        chat.encode_prompt(tokenizer, [user("hello")], True, limit=5)
+    with pytest.raises(ValueError, match="chat: expected at most 64 tokens"):
+        chat.encode_chat(tokenizer, long, limit=64)
+    with pytest.raises(ValueError, match="chat 1: expected at most 65 tokens"):
+        chat.chat_examples([short, long], tokenizer, 64)
+    kept, dropped = chat.chat_examples([short, long], tokenizer, 64, "drop")
+    assert (len(kept), dropped) == (1, 1)
+    kept, dropped = chat.chat_examples([short, long], tokenizer, 64, "truncate")
+    assert [kept[i].size for i in range(2)][1] == 64 and dropped == 0
+    assert chat.chat_examples([long], tokenizer, 8, "truncate")[1] == 1
+    with pytest.raises(ValueError, match="got 'split'"):
+        chat.chat_examples([short], tokenizer, 64, "split")
+
+
+def test_batched_and_single_encoding_agree(tokenizer):
+    conversations = [Conversation(TWO_TURNS, True), Conversation(TWO_TURNS[:2], False)]
+    stored, _ = chat.chat_examples(conversations, tokenizer, 400)
+    for index, conversation in enumerate(conversations):
+        single = chat.encode_chat(tokenizer, conversation)
+        np.testing.assert_array_equal(stored[index].ids, single.ids)
+        np.testing.assert_array_equal(stored[index].weights, single.weights)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, monkeypatch):
+    template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match="changes earlier turns"):
+        chat.encode_chat(tokenizer, Conversation(TWO_TURNS))
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match=r"refuses this conversation \(no\)"):
+        chat.render_prompt(tokenizer, [user("x")])
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ((), "at least one message"),
+        (({"role": "bot", "content": "x"},), "messages of role"),
+        (({"role": "user"},), "messages of role"),
+        ((user("x"), {"role": "system", "content": "y"}), "system message first"),
+        ((user("x"),), "expected an assistant message"),
+    ],
+)
+def test_bad_conversations(tokenizer, messages, message):
+    with pytest.raises(ValueError, match=message):
+        chat.encode_chat(tokenizer, Conversation(messages))
+
+
+def test_conversations_from_jsonl(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": [user("a"), assistant("b")], "thinking": True},
+        {"input": "a", "output": "b", "reasoning": "off"},
+        {"input": [user("a")], "output": "b"},
+    ]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    loaded = chat.load_conversations(path)
+    assert [c.thinking for c in loaded] == [True, False, None]
+    assert all(c.messages == (user("a"), assistant("b")) for c in loaded)
+    path.write_text(json.dumps(rows[0]) + '\n{"text": "a"}\n')
+    with pytest.raises(ValueError, match="chats.jsonl:2: expected messages"):
+        chat.load_conversations(path)
+    path.write_text('{"messages": [{"role": "user", "content": "a"}], "thinking": "yes"}')
+    with pytest.raises(ValueError, match="true or false, got 'yes'"):
+        chat.load_conversations(path)
