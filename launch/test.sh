@@ -4,15 +4,22 @@
 # tests: real kills, several processes, other library versions, browsers, long compilations.
 set -euo pipefail
 SECONDS=0
-MARKERS=(-m "not slow")
+MARKERS=(-m "not slow") ALL=""
 if [ "${1:-}" = "--all" ]; then
-  MARKERS=()
+  MARKERS=() ALL=yes
   shift
 fi
 source "$(dirname "$0")/environment.sh"
 # A CPU build of torch first, so that nothing asks for the CUDA one.
 prepare torch torch ${NEMOJAX_TORCH_INDEX:+--index-url "$NEMOJAX_TORCH_INDEX"}
 prepare test -e ".[test,dev]"
+if [ -n "$ALL" ]; then
+  # exports are read by the transformers 4 line too, in an environment of its own
+  export NEMOJAX_TRANSFORMERS4="$PWD/.venv-transformers4/bin/python"
+  VENV=.venv-transformers4 CONSTRAINTS=/dev/null prepare transformers4 \
+    "$(grep '^torch==' constraints.txt)" transformers==4.57.6 \
+    ${NEMOJAX_TORCH_INDEX:+--extra-index-url "$NEMOJAX_TORCH_INDEX"}
+fi
 export PATH="$PWD/$VENV/bin:$PATH"
 
 ruff format --check .
