@@ -205,7 +205,7 @@ def _svg(figure: Any, title: str) -> str:
     box = re.search(r'viewBox="[^"]*"', text)
     text = re.sub(r"^<svg[^>]*>", "", text)
     # several drawings in one page must not share an id
-    prefix = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+    prefix = f"f{hashlib.sha256((title + text).encode()).hexdigest()[:8]}-"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}", text)
     text = text.replace(_INK, "currentColor")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", text)  # whatever the reader's machine has
