@@ -7,7 +7,6 @@ intervals, so that it can be made at any moment; what has not been run is said t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 from nemojax import plots
 from nemojax.config import field, required
+from nemojax.data.chat import split_thinking
 from nemojax.report import tables
 from nemojax.report.read import CONVERSATIONS, Pipeline, Stage, read_pipeline
 from nemojax.report.tables import Model, Table, is_number
 from nemojax.stage import run_stage
 
 FILE = "report.html"
-_THINK = re.compile(r"\s*<think>(.*?)(</think>|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,10 @@ class Figure:
 
     caption: str
     svg: str
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f'<div style="max-width: 36rem">{self.svg}</div>'
 
 
 @dataclass(frozen=True)
@@ -220,16 +223,10 @@ def versions(pipeline: Pipeline) -> Table:
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:
-    text = str(row.get("text", ""))
-    thought = _THINK.match(text)
+    thinking, answer = split_thinking(str(row.get("text", "")))
     accuracy = row.get("accuracy")
     verdict = "not graded" if not is_number(accuracy) else ("right" if accuracy >= 1 else "wrong")
-    return Answer(
-        str(row.get("model", "")),
-        thought[1].strip() if thought else "",
-        text[thought.end() :].strip() if thought else text.strip(),
-        verdict,
-    )
+    return Answer(str(row.get("model", "")), thinking or "", answer, verdict)
 
 
 def _curves(title: str, unit: str, rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> Figure | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ class Table:
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self.header)
+        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows)
+        body = "".join(f"<tr>{cells}</tr>" for cells in rows)
+        caption, note = html.escape(self.caption), html.escape(self.note)
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table><p>{note}</p>"
 
 
 @dataclass(frozen=True)
