@@ -36,6 +36,7 @@ def curves(
         axes.plot(xs, ys, label=_plain(name), color=COLOURS[n % len(COLOURS)], marker=marker, ms=4, lw=1.6)
     if log:
         axes.set_yscale("log")
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel(_plain(xlabel))
     axes.set_ylabel(_plain(ylabel))
     if len(series) > 1:

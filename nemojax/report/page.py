@@ -136,7 +136,8 @@ def stage_figures(stage: Stage) -> list[Figure]:
         lengths = [k for k in keys if k.startswith("train/mean_gen_tokens_per_sample")]
         plans = [("reward and accuracy", "share", wanted), ("length of answers", "tokens", lengths[:1])]
     elif stage.kind == "distill":
-        terms = ["train/loss", "train/kl", "train/cosine", "train/lm"]
+        terms = [k for k in ("train/kl", "train/cosine", "train/lm") if k in keys]
+        terms = ["train/loss", *terms] if len(terms) > 1 else terms
         plans = [("loss terms in training", "loss", terms), ("held-out loss", "nats a token", validated)]
     else:
         by_source = [k for k in validated if k != "validation/loss"]

@@ -248,7 +248,8 @@ def library_table(pipeline: Pipeline) -> Table:
     for kind, curve in ((stage.result.get("bld") or {}) if stage else {}).items():
         first, last = (_mean(curve.get(when)) for when in ("first", "last"))
         rows.append((kind, number(first, 4), number(last, 4)))
-    return Table("Blockwise distillation, mean loss over layers", ("block", "first", "last"), rows)
+    note = "Loss at the first and the last step, mean over layers."
+    return Table("Blockwise distillation", ("block", "first", "last"), rows, note)
 
 
 def headlines(pipeline: Pipeline, found: Sequence[Model]) -> list[tuple[str, str, str]]:
