@@ -7,8 +7,9 @@ nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (a min
 
 from ml_collections import ConfigDict
 
-EASY, HARD = "sort3", "sum2"
+EASY, HARD = "spell", "spell_long"
 SMALL = {"dim": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 512}
+MUON = {"name": "muon", "weight_decay": 0.0, "lr_final_ratio": 0.01}
 FULL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 512}
 
 
@@ -53,8 +54,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "tokenizer": "@tokenizer",
                 "shape": (SMALL if small else FULL) | {"context": 256},
                 "data": data,
-                "optim": {"name": "muon", "lr": 1e-2, "warmup_steps": steps(100), "weight_decay": 0.02},
-                "fit": {"steps": steps(600), "log_every": steps(50)},
+                "optim": MUON | {"lr": 1e-2, "warmup_steps": steps(25), "weight_decay": 0.02},
+                "fit": {"steps": steps(500), "log_every": steps(50)},
                 "compute": compute,
                 "seed": seed,
             }
@@ -64,7 +65,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "parent": "@pretrain",
                 "data": data,
                 "space": {"kv_heads": [1], "ffn_ratios": [0.5], "multiple": 256},
-                "bld": {"steps": steps(60)},
+                "bld": {"steps": steps(30)},
+                "cost": {"timings": ["decode"], "timing_batch": 16},
                 "budget": {"ratio": {"params": 0.65}},
                 "compute": compute,
             }
@@ -74,8 +76,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "student": "@compress",
                 "teacher": "@pretrain",
                 "data": data | {"seed": seed + 1},
-                "optim": {"name": "muon", "lr": 5e-3, "warmup_steps": steps(20), "weight_decay": 0.0},
-                "fit": {"steps": steps(200), "log_every": steps(50)},
+                "optim": MUON | {"lr": 4e-3, "warmup_steps": steps(10)},
+                "fit": {"steps": steps(120), "log_every": steps(20)},
                 "compute": compute,
             }
         },
@@ -86,8 +88,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 "teacher": "@pretrain",
                 "loss": {"kl": 0.0, "cosine": 0.0, "lm": 1.0},
                 "data": data | {"seed": seed + 1},
-                "optim": {"name": "muon", "lr": 5e-3, "warmup_steps": steps(20), "weight_decay": 0.0},
-                "fit": {"steps": steps(200), "log_every": steps(50)},
+                "optim": MUON | {"lr": 4e-3, "warmup_steps": steps(10)},
+                "fit": {"steps": steps(120), "log_every": steps(20)},
                 "compute": compute,
             },
         },
@@ -103,8 +105,8 @@ def get_config(argument: str = "") -> ConfigDict:
                     "batch_size": 16,
                     "seed": seed,
                 },
-                "optim": {"name": "muon", "lr": 6e-3, "warmup_steps": steps(30), "weight_decay": 0.0},
-                "fit": {"steps": steps(400), "log_every": steps(50)},
+                "optim": MUON | {"lr": 6e-3, "warmup_steps": steps(20)},
+                "fit": {"steps": steps(250), "log_every": steps(25)},
                 "compute": compute,
             }
         },
@@ -119,8 +121,8 @@ def get_config(argument: str = "") -> ConfigDict:
                 },
                 "validation": {"problems": held | {"families": [HARD]}, "thinking": "on", "top_p_on": 1.0},
                 "rollout": {"thinking": "on", "num_prompts_per_step": 16, "num_generations_per_prompt": 8},
-                "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 5},
-                "fit": {"steps": steps(50), "log_every": 1},
+                "optim": {"lr": 2e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 6},
+                "fit": {"steps": steps(40), "log_every": 1},
                 "seed": seed,
             }
         },

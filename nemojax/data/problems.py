@@ -35,6 +35,7 @@ Form = Literal["text", "answer", "trace", "both"]
 Entry = dict[str, Any]
 INTEGERS = {"min_decimals": 0, "max_decimals": 0}
 WORDS = {"min_word_len": 3, "max_word_len": 6}
+LONG_WORDS = {"min_word_len": 7, "max_word_len": 9}
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         Family("sum2", "chain_sum", ask_chain_sum, _sum(2, 2)),
         Family("sum3", "chain_sum", ask_chain_sum, _sum(3, 2)),
         Family("spell", "spell_backward", ask_spell, WORDS),
+        Family("spell_long", "spell_backward", ask_spell, LONG_WORDS),
         Family("letters", "letter_counting", ask_letters, {"min_words": 1, "max_words": 1}),
         Family(
             "base",

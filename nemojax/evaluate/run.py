@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,10 +32,12 @@ from nemojax.stage import run_stage
 
 @dataclass(frozen=True)
 class Config:
-    models: dict[str, str] = field({}, "artifacts by the name they have in the report, in its order")
+    models: dict[str, str] = field({}, "artifacts by the name they have in the report")
     data: TextData = field(TextData(), "texts whose held-out part gives the loss")
     tasks: TasksConfig = field(TasksConfig(), "problems")
-    asked: tuple[str, ...] = field((), "models that are asked the problems; empty: all")
+    asked: tuple[str, ...] = field(
+        (), "models that are asked the problems, each compared with the one before; empty: all"
+    )
     latency: LatencyConfig = field(LatencyConfig(), "stopwatch")
     conversations: int = field(4, "sample conversations a model, family and setting of the toggle")
     compute: Compute = field(Compute(), "precision")
@@ -46,8 +49,8 @@ class Config:
 
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
-    """Returns {"models": {name: row}, "comparisons": [...]}; also `tasks_<name>.jsonl`, one prompt a line,
-    and `conversations.jsonl`.
+    """Returns {"models": {name: row}, "commonest_answer_share": {family: share}, "comparisons": [...]}; also
+    `tasks_<name>.jsonl`, one prompt a line, and `conversations.jsonl`.
 
     A row: num_params, num_block_params, kv_elements_per_token, heldout (nats a token), tasks
     ({"on"|"off": {family: pass@1 ...}}), latency. Comparisons are of each asked model with the one before.
@@ -69,9 +72,10 @@ def _evaluate(cfg: Config, workdir: Path) -> dict[str, Any]:
             save_records(workdir / f"tasks_{name}.jsonl", records)
             conversations += [{"model": name, **c} for c in _samples(records, cfg.conversations)]
     save_records(workdir / "conversations.jsonl", conversations)
-    pairs = pairwise(answers)
+    pairs = pairwise(name for name in cfg.asked or answers if name in answers)
     return {
         "models": rows,
+        "commonest_answer_share": _commonest(next(iter(answers.values()), [])),
         "comparisons": [c for before, after in pairs for c in _compare(cfg, answers, before, after)],
     }
 
@@ -98,6 +102,14 @@ def _one(
         records = ask_all(params, arch, tokenizer, cfg.tasks, compute=cfg.compute, mesh=mesh)
         row["tasks"] = summarise(records)
     return row, records
+
+
+def _commonest(records: list[Record]) -> dict[str, float]:
+    """For each family, how often always giving its commonest answer would be right."""
+    golds: dict[str, Counter[str]] = {}
+    for record in records:
+        golds.setdefault(record["family"], Counter())[record["reference"]] += 1
+    return {name: count.most_common(1)[0][1] / count.total() for name, count in golds.items()}
 
 
 def _samples(records: list[Record], count: int) -> list[dict[str, Any]]:
