@@ -7,7 +7,7 @@ nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (a min
 
 from ml_collections import ConfigDict
 
-EASY, HARD = "spell", "spell_long"
+EASY, HARD = "spell", "sort3"
 SMALL = {"dim": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 512}
 MUON = {"name": "muon", "weight_decay": 0.0, "lr_final_ratio": 0.01}
 FULL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 512}
@@ -65,9 +65,9 @@ def get_config(argument: str = "") -> ConfigDict:
                 "parent": "@pretrain",
                 "data": data,
                 "space": {"kv_heads": [1], "ffn_ratios": [0.5], "multiple": 256},
-                "bld": {"steps": steps(30)},
+                "bld": {"steps": steps(20)},
                 "cost": {"timings": ["decode"], "timing_batch": 16},
-                "budget": {"ratio": {"params": 0.65}},
+                "budget": {"ratio": {"params": 0.45}},
                 "compute": compute,
             }
         },
@@ -77,7 +77,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "teacher": "@pretrain",
                 "data": data | {"seed": seed + 1},
                 "optim": MUON | {"lr": 4e-3, "warmup_steps": steps(10)},
-                "fit": {"steps": steps(120), "log_every": steps(20)},
+                "fit": {"steps": steps(200), "log_every": steps(20)},
                 "compute": compute,
             }
         },
@@ -89,7 +89,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "loss": {"kl": 0.0, "cosine": 0.0, "lm": 1.0},
                 "data": data | {"seed": seed + 1},
                 "optim": MUON | {"lr": 4e-3, "warmup_steps": steps(10)},
-                "fit": {"steps": steps(120), "log_every": steps(20)},
+                "fit": {"steps": steps(200), "log_every": steps(20)},
                 "compute": compute,
             },
         },
@@ -122,7 +122,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 "validation": {"problems": held | {"families": [HARD]}, "thinking": "on", "top_p_on": 1.0},
                 "rollout": {"thinking": "on", "num_prompts_per_step": 16, "num_generations_per_prompt": 8},
                 "optim": {"lr": 2e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 6},
-                "fit": {"steps": steps(40), "log_every": 1},
+                "fit": {"steps": steps(60), "log_every": 1},
                 "seed": seed,
             }
         },
