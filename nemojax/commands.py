@@ -13,7 +13,7 @@ EXIT_PREEMPTED = 75  # of sysexits.h, "temporary failure": run again to resume
 
 # command -> (module, summary). A stage's module has a dataclass `Config` and `run(cfg, workdir)`.
 STAGES = {
-    "tokenizer": ("nemojax.data.tokenizer", "train a byte-level BPE tokenizer on a text source"),
+    "tokenizer": ("nemojax.tokenizer", "train a byte-level BPE tokenizer on a text source"),
     "pretrain": ("nemojax.pretrain", "train a model from scratch, or go on training one"),
     "compress": ("nemojax.compress.run", "score a parent's blocks and search the best child for a budget"),
     "distill": ("nemojax.distill.distill", "heal a child against its parent"),

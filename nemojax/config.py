@@ -109,11 +109,13 @@ def load_file(path: str | Path) -> dict[str, Any]:
     found = find_file(name)
     try:
         make = runpy.run_path(str(found)).get("get_config")
+        if make is None:
+            raise ValueError("expected a function get_config(), got none")
+        config = make(argument) if argument else make()
     except SyntaxError as error:
         raise ValueError(f"{found}:{error.lineno}: not valid Python ({error.msg})") from error
-    if make is None:
-        raise ValueError(f"{found}: expected a function get_config(), got none")
-    config = make(argument) if argument else make()
+    except Exception as error:  # a recipe is the user's program: whatever it raises is theirs to mend
+        raise ValueError(f"{found}: {type(error).__name__}: {error}") from error
     return to_dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 

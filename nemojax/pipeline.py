@@ -79,6 +79,11 @@ def run(steps: Sequence[Step], workdir: str | os.PathLike, select: Selection = S
     for step in steps:  # every configuration is checked before the first stage starts
         resolve(step, root)
     _claim(root)
+    with stage.locked(root):
+        return _run_all(steps, root, chosen, select)
+
+
+def _run_all(steps: Sequence[Step], root: Path, chosen: Sequence[str], select: Selection) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for step in steps:
         if step.name in chosen:

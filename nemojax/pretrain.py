@@ -12,6 +12,7 @@ from nemojax.arch import ArchSpec, Rope, load_arch, uniform
 from nemojax.checkpoints.artifact import load_model
 from nemojax.config import field
 from nemojax.data.mixture import TextData, heldout_batches, train_batches
+from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
 from nemojax.evaluate.perplexity import heldout_loss
 from nemojax.model import llama
@@ -54,7 +55,10 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains in `workdir`, which becomes an artifact; returns held-out losses (nats a token) and sizes."""
-    inputs = [path for path in (cfg.tokenizer, cfg.model) if path]
+    if not (cfg.tokenizer or cfg.model):
+        raise ValueError("tokenizer: expected an artifact with a tokenizer, got none; train one first")
+    inputs: list[str | Path] = [path for path in (cfg.tokenizer, cfg.model) if path]
+    inputs += input_files((*cfg.data.sources, *cfg.data.heldout))
     return run_stage("pretrain", cfg, workdir, inputs, lambda path: _train(cfg, path))
 
 

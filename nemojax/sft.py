@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from nemojax.checkpoints.artifact import load_model
-from nemojax.config import field
+from nemojax.config import field, required
 from nemojax.data.chat import Conversation, chat_examples, load_conversations
 from nemojax.data.examples import LongPolicy, StoredExamples
 from nemojax.data.loader import make_loader
@@ -51,7 +51,7 @@ class ChatData:
 
 @dataclass(frozen=True)
 class Config:
-    model: str = field("", "artifact to fine-tune")
+    model: str = required("artifact to fine-tune")
     data: ChatData = field(ChatData(), "conversations")
     optim: OptimConfig = field(OptimConfig(), "optimiser")
     fit: FitConfig = field(FitConfig(), "loop")

@@ -112,6 +112,9 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str,
     if mesh is None or mesh.size == 1:
         return {k: jax.numpy.asarray(v) for k, v in batch.items()}
     placed = {}
+    rows, ways = len(next(iter(batch.values()))), _ways(BATCH_AXES, mesh)
+    if rows * jax.process_count() % ways:
+        raise ValueError(f"batch: expected rows that divide over data x fsdp = {ways} devices, got {rows}")
     for name, value in batch.items():
         spec = PartitionSpec(BATCH_AXES, *(None,) * (value.ndim - 1))
         placed[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), value)

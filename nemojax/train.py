@@ -243,7 +243,7 @@ class _Loop:
         log = RunLog(self.workdir, total_steps=self.cfg.steps)
         log.truncate(first)
         clock = _Clock(self.arch, self.cfg, self.optim)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: tuple[int, dict[str, jax.Array], list[Any]] | None = None
         try:
             with _Sigterm() as sigterm, _Profiler(self.cfg.profile_steps, self.workdir) as profiler:
                 for step in range(first + 1, self.cfg.steps + 1):
@@ -253,10 +253,12 @@ class _Loop:
                     clock.count(batch)
                     # one step late: the host does not wait for the step that it has just started
                     self._check_finite(pending)
-                    pending = (step, metrics)
+                    pending = (step, metrics, list(getattr(self.batches, "ids", [])))
                     if step % self.cfg.log_every == 0 or step in (first + 1, self.cfg.steps):
                         log.write(step, clock.report(step, metrics, self.state, self.batches))
-                    self._validate_and_save(step, log, sigterm.received)
+                    if self._is_due(step, sigterm.received):
+                        self._check_finite(pending)  # a bad step is never saved as a good one
+                        self._validate_and_save(step, log, sigterm.received)
                     if sigterm.received and step < self.cfg.steps:
                         raise Preempted(step)
                 self._check_finite(pending)
@@ -265,11 +267,15 @@ class _Loop:
             log.close()
         return self.state.ema if self.state.ema is not None else self.state.params
 
-    def _check_finite(self, pending: tuple[int, dict[str, jax.Array]] | None) -> None:
+    def _is_due(self, step: int, preempted: bool) -> bool:
+        every = (self.cfg.checkpoint_every, self.cfg.eval_every)
+        return preempted or step == self.cfg.steps or any(n and step % n == 0 for n in every)
+
+    def _check_finite(self, pending: tuple[int, dict[str, jax.Array], list[Any]] | None) -> None:
         if pending is None or self.cfg.on_nonfinite == "skip" or bool(pending[1]["finite"]):
             return
-        step, metrics = pending
-        ids = getattr(self.batches, "ids", [])
+        step, metrics, ids = pending
+        self.checkpoints.wait()
         good = self.checkpoints.latest()
         raise ValueError(
             f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
@@ -285,7 +291,8 @@ class _Loop:
         if self.evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
             weights = self.state.ema if self.state.ema is not None else self.state.params
             scores = {f"validation/{k}": v for k, v in self.evaluate(weights).items()}
-            log.write(step, scores)
+            if scores:
+                log.write(step, scores)
         if last or preempted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
             self.checkpoints.save(step, *_to_save(self.state), self.batches.state(), scores)
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("generate", "train"),
     ("stage", "topology", "rewards"),
     ("evaluate",),
-    ("compress", "distill", "pretrain", "sft", "reward", "curate", "rl"),
+    ("compress", "distill", "tokenizer", "pretrain", "sft", "reward", "curate", "rl"),
     ("plan", "sweep", "pipeline", "report", "serve", "cli"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

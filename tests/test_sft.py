@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def config(model, sources, **data):
     values = {
         "model": str(model),
-        "data": {"sources": sources, "length": 192, "batch_size": 4, "heldout_num": 8} | data,
+        "data": {"sources": sources, "length": 192, "batch_size": 8, "heldout_num": 8} | data,
         "optim": {"lr": 1e-2},
         "fit": {"steps": 8, "log_every": 4},
     }

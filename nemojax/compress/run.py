@@ -26,6 +26,7 @@ from nemojax.compress.search import Solution, Table, solve
 from nemojax.compress.space import Space, choices
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, train_batches
+from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import check_vocab, copy_tokenizer, load_tokenizer
 from nemojax.model.llama import Compute
 from nemojax.stage import read_json, run_stage, write_json
@@ -58,7 +59,13 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Compresses in `workdir`, which becomes the child's artifact; returns sizes, score and timings (s)."""
-    return run_stage("compress", cfg, workdir, [cfg.parent], lambda path: _compress(cfg, path))
+    return run_stage(
+        "compress",
+        cfg,
+        workdir,
+        [cfg.parent, *input_files(cfg.data.sources)],
+        lambda path: _compress(cfg, path),
+    )
 
 
 def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:

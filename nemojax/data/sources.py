@@ -74,6 +74,13 @@ def read_jsonl_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     return _jsonl_rows(_files(Source(name=str(path), kind="jsonl", path=str(path))))
 
 
+def input_files(sources: Sequence[Source]) -> list[Path]:
+    """The local files that sources read, so that a stage notices when one changes."""
+    return [
+        path for source in sources if source.kind in ("jsonl", "text", "parquet") for path in _files(source)
+    ]
+
+
 def report(source: Source) -> dict[str, int]:
     """Documents and characters of a source, for a stage's result."""
     texts = load_texts(source)

@@ -9,12 +9,8 @@ import functools
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from nemojax.config import field
-from nemojax.data.sources import Source, load_texts
 
 if TYPE_CHECKING:
     from nemojax.arch import ArchSpec
@@ -271,32 +267,3 @@ def compile_template(template: str) -> Any:
     env.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
     env.globals["raise_exception"] = raise_exception
     return env.from_string(template)
-
-
-@dataclass(frozen=True)
-class Config:
-    """`nemojax tokenizer`: trains a byte-level BPE on text sources."""
-
-    sources: tuple[Source, ...] = field((Source(),), "what to train on; weights are ignored")
-    vocab_size: int = field(1024, "ids, special tokens included")
-    digits: Digits = field("individual", "one token a digit, or groups of up to three as in Llama 3")
-    full_reserved: bool = field(False, "all 256 special tokens of Llama 3 instead of the handful in use")
-    context: int = field(8192, "tokens; model_max_length of the tokenizer's configuration")
-
-
-def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
-    """Trains and writes `workdir/tokenizer`; returns sizes and the bytes of text in one token."""
-    texts = [text for source in cfg.sources for text in load_texts(source)]
-    tokenizer = train_tokenizer(
-        texts, cfg.vocab_size, Path(workdir) / "tokenizer", cfg.digits, cfg.full_reserved, cfg.context
-    )
-    num_bytes = sum(len(text.encode()) for text in texts)
-    num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "documents": len(texts),
-        "bytes": num_bytes,
-        "tokens": num_tokens,
-        "bytes_per_token": round(num_bytes / max(1, num_tokens), 4),
-        "tokenizer": str(tokenizer.path),
-    }

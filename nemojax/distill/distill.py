@@ -9,8 +9,9 @@ from typing import Any
 import jax
 
 from nemojax.checkpoints.artifact import load_model
-from nemojax.config import field
+from nemojax.config import field, required
 from nemojax.data.mixture import TextData, heldout_batches, train_batches
+from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import check_vocab, copy_tokenizer, load_tokenizer
 from nemojax.distill.losses import DistillWeights, distill_loss
 from nemojax.evaluate.perplexity import heldout_loss
@@ -23,8 +24,8 @@ from nemojax.train import FitConfig, fit
 
 @dataclass(frozen=True)
 class Config:
-    student: str = field("", "artifact of the child")
-    teacher: str = field("", "artifact of the parent; its weights stay as they are")
+    student: str = required("artifact of the child")
+    teacher: str = required("artifact of the parent; its weights stay as they are")
     loss: DistillWeights = field(DistillWeights(), "terms of the loss")
     data: TextData = field(TextData(), "texts")
     optim: OptimConfig = field(OptimConfig(), "optimiser")
@@ -37,7 +38,8 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Distils in `workdir`; returns held-out losses (nats a token) before and after, and the teacher's."""
-    return run_stage("distill", cfg, workdir, [cfg.student, cfg.teacher], lambda path: _distill(cfg, path))
+    inputs = [cfg.student, cfg.teacher, *input_files((*cfg.data.sources, *cfg.data.heldout))]
+    return run_stage("distill", cfg, workdir, inputs, lambda path: _distill(cfg, path))
 
 
 def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -50,6 +52,8 @@ def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
     (workdir / "arch.json").write_text(arch.dumps())
     copy_tokenizer(tokenizer.path, workdir / "tokenizer")
     heldout = heldout_batches(cfg.data, tokenizer)
+    if not heldout:
+        raise ValueError("data.heldout: expected held-out sources, got none; name files to validate on")
     before = heldout_loss(params, arch, heldout, compute=cfg.compute)
     of_teacher = heldout_loss(teacher, teacher_arch, heldout, compute=cfg.compute)
     needs_teacher = cfg.loss.kl or cfg.loss.cosine

@@ -53,15 +53,14 @@ def distill_loss(
     layers = tuple(i for i, b in enumerate(student.blocks) if not b.is_empty) if weights.cosine else ()
 
     def loss_fn(params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array):
+        frozen = jax.lax.stop_gradient(frozen)
         weights_BT = batch["weights"]
         weight = jnp.sum(weights_BT)
         h_BTD, taps = llama.hidden(params, student, batch, taps=layers, compute=compute)
         x_BTD = llama.final_norm(params, student, h_BTD)
         terms: dict[str, jax.Array] = {}
         if weights.kl or weights.cosine:
-            t_BTD, t_taps = jax.lax.stop_gradient(
-                llama.hidden(frozen, teacher, batch, taps=layers, compute=compute)
-            )
+            t_BTD, t_taps = llama.hidden(frozen, teacher, batch, taps=layers, compute=compute)
         if weights.kl:
             kl_BT = kl_divergence(
                 x_BTD,

@@ -21,7 +21,9 @@ def heldout_loss(
     compute: Compute = Compute(),
     chunk: int = 0,
 ) -> dict[str, float]:
-    """Mean next-token loss in nats for each source, and `loss` over all tokens together."""
+    """Mean next-token loss in nats for each source, and `loss` over all tokens; {} without batches."""
+    if not batches:
+        return {}
     score = _scorer(arch, compute, chunk)
     losses: dict[str, float] = {}
     total, weight = 0.0, 0.0

@@ -13,6 +13,7 @@ import jax
 from nemojax.checkpoints.artifact import load_model
 from nemojax.config import field
 from nemojax.data.mixture import TextData, heldout_batches
+from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import check_vocab, load_tokenizer
 from nemojax.evaluate.latency import LatencyConfig, measure
 from nemojax.evaluate.perplexity import heldout_loss
@@ -57,7 +58,8 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """
     if not cfg.models:
         raise ValueError("models: expected at least one artifact, got none; set --config.models.NAME=DIR")
-    return run_stage("evaluate", cfg, workdir, list(cfg.models.values()), lambda path: _evaluate(cfg, path))
+    inputs = [*cfg.models.values(), *input_files((*cfg.data.sources, *cfg.data.heldout))]
+    return run_stage("evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path))
 
 
 def _evaluate(cfg: Config, workdir: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.checkpoints.artifact import load_model
-from nemojax.config import field
+from nemojax.config import field, required
 from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
 from nemojax.evaluate.tasks import (
     Record,
@@ -49,7 +49,7 @@ _MAX_TRIES = 10  # rollouts in a row without any signal before giving up
 
 @dataclass(frozen=True)
 class Config:
-    model: str = field("", "artifact to start from; it is also the reference of the KL penalty")
+    model: str = required("artifact to start from; it is also the reference of the KL penalty")
     problems: ProblemSet = field(ProblemSet(count=2000, split="train"), "problems to practise")
     rollout: RolloutConfig = field(RolloutConfig(), "sampling and rewards")
     loss: PolicyLossConfig = field(PolicyLossConfig(), "clipping, KL and corrections")

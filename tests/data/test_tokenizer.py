@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nemojax import tokenizer as stage
 from nemojax.arch import uniform
 from nemojax.data import tokenizer as tok
 from nemojax.data.chat import render
@@ -106,8 +107,9 @@ def test_foreign_tokenizers_name_their_own_tokens(tmp_path):
     assert found.chat_template == "x" and found.think_id is None
 
 
-def test_the_command(tmp_path):
-    result = tok.run(tok.Config(sources=(Source(),), vocab_size=512), tmp_path)
+def test_the_stage(tmp_path):
+    result = stage.run(stage.Config(sources=(Source(),), vocab_size=512), tmp_path)
+    assert (tmp_path / "DONE").is_file()
     assert result["vocab_size"] == 512 and result["bytes_per_token"] > 1.5
     copied = tok.load_tokenizer(tmp_path).save(tmp_path / "copy")
     assert tok.load_tokenizer(copied).vocab_size == 512
