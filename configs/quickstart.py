@@ -7,7 +7,7 @@ nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (a min
 
 from ml_collections import ConfigDict
 
-EASY, HARD = "spell", "sort3"
+EASY, HARD = "spell", "spell_long"
 SMALL = {"dim": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 512}
 MUON = {"name": "muon", "weight_decay": 0.0, "lr_final_ratio": 0.01}
 FULL = {"dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 512}
@@ -99,10 +99,11 @@ def get_config(argument: str = "") -> ConfigDict:
                 "data": {
                     "sources": [
                         {"name": EASY, "num": 200 if small else 6000, "seed": seed},
-                        {"name": HARD, "num": 200 if small else 6000, "seed": seed},
+                        {"name": HARD, "num": 200 if small else 2000, "seed": seed, "weight": 0.3},
                     ],
                     "length": 128,
                     "batch_size": 16,
+                    "long": "drop",
                     "seed": seed,
                 },
                 "optim": MUON | {"lr": 6e-3, "warmup_steps": steps(20)},
@@ -119,8 +120,18 @@ def get_config(argument: str = "") -> ConfigDict:
                     "split": "train",
                     "seed": seed,
                 },
-                "validation": {"problems": held | {"families": [HARD]}, "thinking": "on", "top_p_on": 1.0},
-                "rollout": {"thinking": "on", "num_prompts_per_step": 16, "num_generations_per_prompt": 8},
+                "validation": {
+                    "problems": held | {"families": [HARD]},
+                    "thinking": "on",
+                    "top_p_on": 1.0,
+                    "max_new_tokens": 80,
+                },
+                "rollout": {
+                    "thinking": "on",
+                    "max_new_tokens": 80,
+                    "num_prompts_per_step": 16,
+                    "num_generations_per_prompt": 8,
+                },
                 "optim": {"lr": 2e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 6},
                 "fit": {"steps": steps(60), "log_every": 1},
                 "seed": seed,
@@ -130,7 +141,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "config": {
                 "models": models,
                 "data": data,
-                "tasks": {"problems": held, "thinking": "both", "top_p_on": 1.0},
+                "tasks": {"problems": held, "thinking": "both", "top_p_on": 1.0, "max_new_tokens": 80},
                 "asked": ["sft", "rl"],
                 "compute": compute,
             }

@@ -16,7 +16,7 @@ prepare() {
     "$python" -m venv "$VENV"
   fi
   local stamp="$VENV/.installed-$name" wanted
-  wanted="$(cat pyproject.toml constraints.txt | cksum) $*"
+  wanted="$(cat pyproject.toml constraints*.txt | cksum) $*"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     "$VENV/bin/python" -m pip install --quiet -c "${CONSTRAINTS:-constraints.txt}" "$@"
     echo "$wanted" > "$stamp"

@@ -16,8 +16,7 @@ prepare test -e ".[test,dev]"
 if [ -n "$ALL" ]; then
   # exports are read by the transformers 4 line too, in an environment of its own
   export NEMOJAX_TRANSFORMERS4="$PWD/.venv-transformers4/bin/python"
-  VENV=.venv-transformers4 CONSTRAINTS=/dev/null prepare transformers4 \
-    "$(grep '^torch==' constraints.txt)" transformers==4.57.6 \
+  VENV=.venv-transformers4 CONSTRAINTS=constraints-transformers4.txt prepare transformers4 torch transformers \
     ${NEMOJAX_TORCH_INDEX:+--extra-index-url "$NEMOJAX_TORCH_INDEX"}
 fi
 export PATH="$PWD/$VENV/bin:$PATH"

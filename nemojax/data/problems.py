@@ -35,7 +35,7 @@ Form = Literal["text", "answer", "trace", "both"]
 Entry = dict[str, Any]
 INTEGERS = {"min_decimals": 0, "max_decimals": 0}
 WORDS = {"min_word_len": 3, "max_word_len": 6}
-LONG_WORDS = {"min_word_len": 7, "max_word_len": 9}
+LONG_WORDS = {"min_word_len": 9, "max_word_len": 12}
 
 
 @dataclass(frozen=True)
