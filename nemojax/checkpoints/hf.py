@@ -168,13 +168,15 @@ def _new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise ValueError(f"{target}: already exists; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    before = target.with_name(f".{target.name}.before-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # a kill between the renames leaves the old files under their other name
+            target.rename(before)
         partial.rename(target)
+        shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
     finally:

@@ -7,6 +7,7 @@ Legend: B batch, T tokens, D model, N query heads, K kv heads, H head dim, F ffn
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -82,10 +83,13 @@ def save(importance: Importance, path: str | Path) -> None:
 
 def load(path: str | Path) -> Importance:
     result = Importance({}, {})
-    with np.load(path) as arrays:
-        for name in arrays.files:
-            part, layer = name.split("/")
-            getattr(result, part)[int(layer)] = arrays[name]
+    try:
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                part, layer = name.split("/")
+                getattr(result, part)[int(layer)] = arrays[name]
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it and run again to measure it") from error
     return result
 
 

@@ -10,6 +10,7 @@ Legend: B batch, T tokens, D model, L layers in a stack.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,8 +97,11 @@ class Library:
         path = self.path(part, sub, layer)
         if not path.is_file():
             raise ValueError(f"{path}: no such variant; build the library for this space first")
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        try:
+            with np.load(path) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it and run again to rebuild it") from error
 
 
 def kinds_of(choices: Sequence[Sequence[BlockSpec]], arch: ArchSpec) -> tuple[Kind, ...]:
