@@ -41,6 +41,7 @@ def model(tokenizer):
 def make_batches(model, tokenizer, workdir, **changes):
     arch, params = model
     values = {
+        "model": "unused",
         "problems": ProblemSet(("sum2x1",), 16, "train"),
         "rollout": ROLLOUT,
         "fit": FitConfig(steps=8),
