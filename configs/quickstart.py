@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def steps(full: int, small: bool) -> int:
-    return max(4, full // 50) if small else full
+    return max(4, full // 8) if small else full
 
 
 def texts(small: bool, seed: int) -> list[dict]:
