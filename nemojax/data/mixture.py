@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nemojax.config import field
 from nemojax.data.examples import LongPolicy, text_examples
@@ -63,10 +62,3 @@ def heldout_batches(data: TextData, tokenizer: Tokenizer) -> dict[str, list[Batc
         )
         for source in sources
     }
-
-
-def sizes(data: TextData) -> dict[str, Any]:
-    """{source: documents and characters}, for a stage's result."""
-    from nemojax.data.sources import report
-
-    return {source.name: report(source) for source in data.sources}
