@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import NoReturn
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog}: {message}; see {self.prog} --help")
+from nemojax.commands import Parser
 
 
 def import_command(argv: Sequence[str]) -> int:
     """nemojax import HF_DIR ARTIFACT [--revision=R]. ValueError says what is wrong."""
-    parser = _Parser(prog="nemojax import", description="Make an artifact of a Hugging Face checkpoint.")
+    parser = Parser(prog="nemojax import", description="Make an artifact of a Hugging Face checkpoint.")
     parser.add_argument("source", metavar="HF_DIR", help="model directory, or hub name such as org/model")
     parser.add_argument("artifact", metavar="ARTIFACT", help="directory to create")
     parser.add_argument(
@@ -30,7 +25,7 @@ def import_command(argv: Sequence[str]) -> int:
 
 def export_command(argv: Sequence[str]) -> int:
     """nemojax export ARTIFACT HF_DIR [--format=auto|llama|decilm|anymodel] [--step=N]."""
-    parser = _Parser(prog="nemojax export", description="Write an artifact as a Hugging Face checkpoint.")
+    parser = Parser(prog="nemojax export", description="Write an artifact as a Hugging Face checkpoint.")
     parser.add_argument("artifact", metavar="ARTIFACT", help="artifact or work directory of a stage")
     parser.add_argument("out", metavar="HF_DIR", help="directory to create")
     parser.add_argument("--format", choices=("auto", "llama", "decilm", "anymodel"), default="auto")

@@ -1,8 +1,8 @@
 """The distillation loss of a child against its frozen parent.
 
-Puzzle's global distillation (arXiv:2411.19146): the mean over layers of 1 - cos(child, parent) of hidden states, plus KL(parent ||
-child) of the next-token distributions, and no language-model loss. Hidden states are matched by global
-layer index, so a heterogeneous child has no index of its own.
+Puzzle's global distillation (arXiv:2411.19146): 1 - cos(child, parent) of hidden states, averaged over
+layers, plus KL(parent || child) of the next-token distributions, and no language-model loss. Hidden states
+are matched by global layer index, so a heterogeneous child has no index of its own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def cosine_distance(student_BTD: jax.Array, teacher_BTD: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """1 - cos(student, teacher) at every position, [B, T] f32 (the hidden-state term of Puzzle, arXiv:2411.19146)."""
+    """1 - cos(student, teacher) at every position, [B, T] f32 (a term of Puzzle, arXiv:2411.19146)."""
     s, t = student_BTD.astype(jnp.float32), teacher_BTD.astype(jnp.float32)
     norms = jnp.sqrt(jnp.sum(s * s, -1) + eps) * jnp.sqrt(jnp.sum(t * t, -1) + eps)
     return 1.0 - jnp.sum(s * t, -1) / norms
