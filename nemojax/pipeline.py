@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nemojax.commands import STAGES, Parser, split_overrides, summary_line
 from nemojax.config import field, required
 
 REPLACED = "replaced"
+EXPORTED = ".nemojax.json"  # in a directory that a pipeline exported: of which configuration and inputs
 _REFERENCE = re.compile(r"@(\.|[\w-]+)(/.*)?", re.DOTALL)
 
 
@@ -78,6 +80,8 @@ def run(steps: Sequence[Step], workdir: str | os.PathLike, select: Selection = S
     chosen = _chosen(steps, select)
     for step in steps:  # every configuration is checked before the first stage starts
         resolve(step, root)
+        if step.kind == "export" and step.name in chosen:
+            _read_exported(root / step.name)
     _claim(root)
     with stage.locked(root):
         return _run_all(steps, root, chosen, select)
@@ -156,16 +160,44 @@ def _implementation(kind: str) -> tuple[type, Callable[[Any, Path], dict[str, An
 
 
 def _run_export(cfg: ExportConfig, workdir: Path) -> dict[str, Any]:
-    """Exports to the sibling of `workdir` without the leading dot."""
+    """Exports to the sibling of `workdir` without the leading dot.
+
+    It is made inside `workdir` and renamed when it is whole, so that what stands in its place is all of one
+    export. Its mark says which: after a kill between that rename and DONE it is not made again.
+    """
     target = workdir.with_name(workdir.name.removeprefix("."))
+    if _read_exported(target) is None:
+        (workdir / stage.DONE).unlink(missing_ok=True)  # somebody has taken it away
 
     def body(_: Path) -> dict[str, Any]:
+        fingerprint = stage.read_json(workdir / stage.CONFIG)["fingerprint"]
+        if found := _read_exported(target):
+            if found["fingerprint"] == fingerprint:
+                return found["result"]
+            raise stage.OtherRun(f"{target}: exported from another configuration or other inputs")
         from nemojax.checkpoints.hf import export_hf
 
-        done = export_hf(cfg.artifact, target, format=cfg.format, overwrite=True)
-        return {"path": target.name, "format": done.format, "tensors": done.num_tensors, "bytes": done.size}
+        for left in workdir.glob("*made*"):  # by a kill
+            shutil.rmtree(left)
+        done = export_hf(cfg.artifact, workdir / "made", format=cfg.format)
+        result = {"path": target.name, "format": done.format, "tensors": done.num_tensors, "bytes": done.size}
+        stage.write_json(done.path / EXPORTED, {"fingerprint": fingerprint, "result": result})
+        done.path.rename(target)
+        return result
 
     return stage.run_stage("export", cfg, workdir, [cfg.artifact], body)
+
+
+def _read_exported(target: Path) -> dict[str, Any] | None:
+    """The mark in an exported directory, None where nothing stands; ValueError if something else does."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    mark = stage.read_json(target / EXPORTED)
+    if mark is None:
+        raise ValueError(
+            f"{target}: expected nothing, or what this pipeline exported, got something else; move it away"
+        )
+    return mark
 
 
 def _run_step(step: Step, root: Path, force: bool) -> dict[str, Any]:
@@ -173,13 +205,13 @@ def _run_step(step: Step, root: Path, force: bool) -> dict[str, Any]:
     _, run_stage = _implementation(step.kind)
     before = _state(step, root)
     if force and before != "new":
-        stage.move_aside(workdir, root / REPLACED)
+        _move_aside(step, root)
     start = time.perf_counter()
     try:
         try:
             result = run_stage(cfg, workdir)
         except stage.OtherRun:
-            moved = stage.move_aside(workdir, root / REPLACED)
+            moved = _move_aside(step, root)
             print(f"{step.name}: configuration or inputs have changed; the old one is in {moved}", flush=True)
             result = run_stage(cfg, workdir)
             before = "new"
@@ -190,6 +222,15 @@ def _run_step(step: Step, root: Path, force: bool) -> dict[str, Any]:
     skipped = before == "done" and not force
     print(summary_line(step.name, result, "done before" if skipped else f"{seconds:.1f} s"), flush=True)
     return result
+
+
+def _move_aside(step: Step, root: Path) -> Path:
+    """Moves a stage's directory to `replaced/`, and what an export made with it; returns where that went."""
+    moved = stage.move_aside(state_dir(step, root), root / REPLACED)
+    if step.kind == "export" and (root / step.name).exists():
+        moved = stage.move_aside(root / step.name, root / REPLACED)
+        (moved / stage.LOCK).unlink()
+    return moved
 
 
 def _stage_override(item: str, names: Sequence[str]) -> str:
@@ -266,7 +307,8 @@ def _chosen(steps: Sequence[Step], select: Selection) -> list[str]:
 def _state(step: Step, root: Path) -> str:
     """`done`, `half done` or `new`, by what lies in the directory."""
     directory = state_dir(step, root)
-    if stage.read_done(directory):
+    taken_away = step.kind == "export" and not (root / step.name).exists()
+    if stage.read_done(directory) and not taken_away:
         return "done"
     return "half done" if (directory / stage.CONFIG).is_file() else "new"
 

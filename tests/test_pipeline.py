@@ -1,5 +1,7 @@
 """Pipelines over toy stages: one whose work is a file, so that everything here takes milliseconds."""
 
+import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from nemojax import cli, pipeline
+from nemojax import cli, pipeline, stage
+from nemojax.checkpoints import hf
+from nemojax.checkpoints.artifact import save_params
 from nemojax.config import field
 from nemojax.pipeline import Selection
 from nemojax.stage import run_stage
+from tests.checkpoints.toy_models import MIXED, random_params
 
 RECIPE = """
 from ml_collections import ConfigDict
@@ -176,3 +181,84 @@ def test_a_directory_of_other_files_is_refused(calls, recipe, tmp_path, capsys):
     assert cli.main(["run", f"--config={recipe}", f"--workdir={tmp_path / 'mine'}"]) == 2
     assert "expected an empty directory or a pipeline's" in capsys.readouterr().err
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture
+def exporting(tmp_path) -> tuple[list[pipeline.Step], Path]:
+    """A pipeline whose one stage exports an artifact beside it, and its directory."""
+    save_params(tmp_path / "artifact", MIXED, random_params(MIXED))
+    steps = [pipeline.Step("export", "export", {"artifact": str(tmp_path / "artifact")}, ())]
+    return steps, tmp_path / "run"
+
+
+def folders(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in (*root.glob("*/"), *root.glob("replaced/*")))
+
+
+def weights_of(export: Path) -> bytes:
+    return next(export.glob("*.safetensors")).read_bytes()
+
+
+def test_an_export_is_made_once_and_again_when_it_is_taken_away(exporting):
+    steps, root = exporting
+    results = pipeline.run(steps, root)
+    made = (root / "export" / "config.json").stat().st_mtime_ns
+    assert pipeline.run(steps, root) == results
+    assert (root / "export" / "config.json").stat().st_mtime_ns == made
+    shutil.rmtree(root / "export")
+    assert pipeline.run(steps, root) == results
+    assert (root / "export" / "config.json").is_file() and folders(root) == [".export", "export"]
+
+
+def test_an_export_of_other_inputs_is_kept_in_replaced(exporting, tmp_path, capsys):
+    steps, root = exporting
+    pipeline.run(steps, root)
+    old = weights_of(root / "export")
+    save_params(tmp_path / "artifact", MIXED, random_params(MIXED, seed=1))
+    pipeline.run(steps, root)
+    assert weights_of(root / "export") != old == weights_of(root / "replaced" / "export-1")
+    assert not (root / "replaced" / "export-1" / stage.LOCK).exists()
+    assert f"the old one is in {root}/replaced/export-1" in capsys.readouterr().out
+    pipeline.run(steps, root, Selection(force=True))
+    assert folders(root)[-4:] == [
+        f"replaced/{name}" for name in (".export-1", ".export-2", "export-1", "export-2")
+    ]
+
+
+def test_an_export_without_its_books_is_recognised(exporting):
+    """As after a kill between the rename and DONE."""
+    steps, root = exporting
+    results = pipeline.run(steps, root)
+    shutil.rmtree(root / ".export")
+    assert pipeline.run(steps, root) == results and folders(root) == [".export", "export"]
+
+
+def test_an_export_that_fails_leaves_the_old_one_aside_and_nothing_half_written(exporting, monkeypatch):
+    steps, root = exporting
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(hf, "_write_weights", full)
+        with pytest.raises(ValueError, match="No space left on device"):
+            pipeline.run(steps, root)
+    assert folders(root) == [".export"] and not list((root / ".export").glob("*made*"))
+    pipeline.run(steps, root)
+    assert folders(root) == [".export", "export"]
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_the_pipeline_did_not_export_is_refused_before_the_first_stage(calls, recipe, tmp_path, kind):
+    root, steps = tmp_path / "run", pipeline.load(recipe)
+    steps.append(pipeline.Step("export", "export", {"artifact": "@sft"}, ("sft",)))
+    pipeline.run(steps, root, Selection(only="pretrain"))
+    mine = root / "export"
+    if kind == "directory":
+        mine.mkdir()
+        mine = mine / "config.json"
+    mine.write_text(json.dumps({"precious": True}))
+    with pytest.raises(ValueError, match="export: expected nothing, or what this pipeline exported, got"):
+        pipeline.run(steps, root)
+    assert calls == ["pretrain"] and json.loads(mine.read_text()) == {"precious": True}
+    pipeline.run(steps, root, Selection(only="healed"))

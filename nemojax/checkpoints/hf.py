@@ -70,7 +70,6 @@ def export_hf(
     format: Format | Literal["auto"] = "auto",
     step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
 ) -> Exported:
     """Writes a directory for transformers, vLLM, TensorRT-LLM or llama.cpp (`llama`, `decilm`) or NVIDIA
     Model Optimizer (`anymodel`); `auto` is llama when all layers are equal, else decilm.
@@ -93,7 +92,7 @@ def export_hf(
     config = config_from_arch(arch, kind, original, _dtype_name(reader), ids)
     side_files.check_vocabulary(artifact / "tokenizer", arch.vocab_size)
     weights = hf_weights.weights_of(arch)
-    with _new_directory(Path(out).absolute(), overwrite) as partial:
+    with _new_directory(Path(out).absolute()) as partial:
         side_files.write_json(partial / "config.json", config)
         if generation := side_files.generation_config(artifact, ids):
             side_files.write_json(partial / "generation_config.json", generation)
@@ -161,22 +160,17 @@ def _find_source(src: str | os.PathLike, revision: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _new_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def _new_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target` when the body succeeds and vanishes when it does not."""
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: already exists; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    before = target.with_name(f".{target.name}.before-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
-        if target.exists():  # a kill between the renames leaves the old files under their other name
-            target.rename(before)
         partial.rename(target)
-        shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
     finally:

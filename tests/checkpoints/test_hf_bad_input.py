@@ -9,7 +9,6 @@ from safetensors.numpy import load_file, save_file
 from nemojax.arch import SwiGLU
 from nemojax.checkpoints import hf
 from nemojax.checkpoints.artifact import save_params
-from nemojax.checkpoints.commands import export_command, import_command
 from tests.checkpoints.toy_models import MIXED, random_params, read_config, write_tokenizer
 
 
@@ -228,12 +227,10 @@ def test_weights_of_another_arch(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_commands_raise_one_line(tmp_path):
-    for command, argv in [
-        (import_command, []),
-        (import_command, ["x"]),
-        (export_command, [str(tmp_path), str(tmp_path / "o")]),
-        (export_command, ["a", "b", "--format=gguf"]),
-    ]:
-        with pytest.raises(ValueError):
-            command(argv)
+def test_an_export_is_never_overwritten(tmp_path, mixed_artifact):
+    hf.export_hf(mixed_artifact, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="out: already exists; remove it or choose another name"):
+        hf.export_hf(mixed_artifact, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -145,14 +145,6 @@ def test_commands(tmp_path, llama_dir, capsys):
     assert read_config(tmp_path / "out") == read_config(llama_dir)
 
 
-def test_overwrite_replaces(tmp_path, mixed_artifact):
-    hf.export_hf(mixed_artifact, tmp_path / "out")
-    with pytest.raises(ValueError, match="already exists"):
-        hf.export_hf(mixed_artifact, tmp_path / "out")
-    hf.export_hf(mixed_artifact, tmp_path / "out", overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-
-
 def test_chosen_step(tmp_path):
     for step in (3, 4):
         params = random_params(MIXED, seed=step)
