@@ -13,13 +13,13 @@ from nemojax.checkpoints.artifact import load_model
 from nemojax.config import field
 from nemojax.data.mixture import TextData, heldout_batches, train_batches
 from nemojax.data.sources import input_files
-from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
+from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.evaluate.perplexity import heldout_loss
 from nemojax.model import llama
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig
 from nemojax.sharding import MeshConfig, make_mesh
-from nemojax.stage import run_stage
+from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit, lm_loss
 
 
@@ -59,7 +59,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
         raise ValueError("tokenizer: expected an artifact with a tokenizer, got none; train one first")
     inputs: list[str | Path] = [path for path in (cfg.tokenizer, cfg.model) if path]
     inputs += input_files((*cfg.data.sources, *cfg.data.heldout))
-    return run_stage("pretrain", cfg, workdir, inputs, lambda path: _train(cfg, path))
+    return run_stage("pretrain", cfg, workdir, inputs, lambda path: _train(cfg, path), many_processes=True)
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -71,8 +71,7 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
         raise ValueError(
             f"data.length: expected at most the model's context {arch.context}, got {cfg.data.length}"
         )
-    (workdir / "arch.json").write_text(arch.dumps())
-    copy_tokenizer(tokenizer.path, workdir / "tokenizer")
+    start_artifact(workdir, arch, tokenizer.path)
     heldout = heldout_batches(cfg.data, tokenizer)
     params = fit(
         params,

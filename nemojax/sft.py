@@ -19,12 +19,12 @@ from nemojax.data.examples import LongPolicy, StoredExamples
 from nemojax.data.loader import make_loader
 from nemojax.data.packing import Batch, packed_batches
 from nemojax.data.problems import conversations, make_problems
-from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
+from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.evaluate.perplexity import heldout_loss
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig
 from nemojax.sharding import MeshConfig, make_mesh
-from nemojax.stage import run_stage
+from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit, lm_loss
 
 
@@ -64,7 +64,9 @@ class Config:
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Fine-tunes in `workdir`; returns held-out losses (nats a trained token) and counts by source."""
     files = [source.path for source in cfg.data.sources if source.path]
-    return run_stage("sft", cfg, workdir, [cfg.model, *files], lambda path: _train(cfg, path))
+    return run_stage(
+        "sft", cfg, workdir, [cfg.model, *files], lambda path: _train(cfg, path), many_processes=True
+    )
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -76,8 +78,7 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
         raise ValueError("data.sources: expected at least one source of conversations, got none")
     if cfg.data.length > arch.context:
         raise ValueError(f"data.length: expected at most the context {arch.context}, got {cfg.data.length}")
-    (workdir / "arch.json").write_text(arch.dumps())
-    copy_tokenizer(tokenizer.path, workdir / "tokenizer")
+    start_artifact(workdir, arch, tokenizer.path)
     made = {source.name: _examples(source, cfg.data, tokenizer) for source in cfg.data.sources}
     batches = make_loader(
         [examples for examples, _ in made.values()],

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemojax.arch import ArchSpec
 from nemojax.config import to_dict
+from nemojax.data.tokenizer import copy_tokenizer
 
 FORMAT_VERSION = 1
 CONFIG, RESULT, DONE, LOCK = "config.json", "result.json", "DONE", ".lock"
@@ -39,36 +41,74 @@ def run_stage(
     workdir: str | os.PathLike,
     inputs: Sequence[str | os.PathLike],
     body: Callable[[Path], Mapping[str, Any]],
+    *,
+    many_processes: bool = False,
 ) -> dict[str, Any]:
     """Runs `body(workdir)` unless it is done, and returns the stage's result (also in result.json).
 
     cfg: the stage's frozen dataclass. inputs: artifacts, directories or files that the stage reads; when
-    one of them changes, the work directory no longer matches. ValueError when an input is missing, when
-    another process is at work here, or (`OtherRun`, nothing touched) when the directory is another run's.
+    one of them changes, the work directory no longer matches. many_processes: the body can run in several
+    at once; the primary then keeps the books, decides for all, and hands its result to all.
+
+    ValueError when an input is missing, when another process is at work here, when there are more
+    processes than the stage can use, or (`OtherRun`, nothing touched) when the directory is another run's.
     """
+    from nemojax import sharding
+
+    if many_processes:
+        sharding.start_processes()
+    else:
+        expect_one_process(name)
     workdir = Path(workdir)
-    wanted = _record(name, cfg, inputs)
-    if not _is_primary():
-        done = read_done(workdir)
-        if done and done["fingerprint"] == wanted["fingerprint"]:
-            return read_result(workdir)
-        return dict(body(workdir))
-    _check_owner(workdir, wanted)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with locked(workdir):
-        _check_owner(workdir, wanted)  # again: another process may have begun since
-        if read_done(workdir):
-            return read_result(workdir)
-        if set(os.listdir(workdir)) <= _BOOKKEEPING:
-            write_json(workdir / CONFIG, wanted)
+    with contextlib.ExitStack() as held:
+        wanted = sharding.on_primary(lambda: _record(name, cfg, inputs))
+        done = sharding.on_primary(lambda: _begin(workdir, wanted, held))
+        if done is not None:
+            return done
         start = time.perf_counter()
         result = to_dict(dict(body(workdir)))
-        write_json(workdir / RESULT, result)
-        seconds = round(time.perf_counter() - start, 3)
-        write_json(
-            workdir / DONE, {"stage": name, "fingerprint": wanted["fingerprint"], "wall_seconds": seconds}
-        )
-        return result
+        return sharding.on_primary(lambda: _finish(workdir, wanted, result, time.perf_counter() - start))
+
+
+def expect_one_process(name: str) -> None:
+    """ValueError when the environment starts several processes of something that one alone can do."""
+    from nemojax import sharding
+
+    if sharding.process_arguments(os.environ) is not None:
+        raise ValueError(f"{name}: expected one process, got several; it does not split its work, start one")
+
+
+def _begin(workdir: Path, wanted: Mapping[str, Any], held: contextlib.ExitStack) -> dict[str, Any] | None:
+    """The result of a finished stage; else None, and the directory belongs to this run and is locked."""
+    _check_owner(workdir, wanted)
+    workdir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(workdir))
+    _check_owner(workdir, wanted)  # again: another process may have begun since
+    if read_done(workdir):
+        return read_result(workdir)
+    if set(os.listdir(workdir)) <= _BOOKKEEPING:
+        write_json(workdir / CONFIG, wanted)
+    return None
+
+
+def _finish(
+    workdir: Path, wanted: Mapping[str, Any], result: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    write_json(workdir / RESULT, result)
+    done = {"stage": wanted["stage"], "fingerprint": wanted["fingerprint"]}
+    write_json(workdir / DONE, {**done, "wall_seconds": round(seconds, 3)})
+    return result
+
+
+def start_artifact(workdir: Path, arch: ArchSpec, tokenizer_dir: Path) -> None:
+    """arch.json and tokenizer/ of a stage's model, written by one process before any goes on."""
+    from nemojax import sharding
+
+    def write() -> None:
+        write_text(workdir / "arch.json", arch.dumps())
+        copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
+
+    sharding.on_primary(write)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -105,7 +145,7 @@ def finished_stages(pipeline: Path) -> list[Path]:
 
 
 def _inputs(workdir: Path) -> list[str]:
-    return list((read_json(workdir / CONFIG) or {}).get("inputs", {}))
+    return list((_read_record(workdir) or {}).get("inputs", {}))
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -124,7 +164,13 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 def read_done(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """What DONE says ({"stage", "fingerprint", "wall_seconds"}), or None for an unfinished stage."""
-    return read_json(Path(workdir) / DONE)
+    path = Path(workdir) / DONE
+    done = read_json(path)
+    if done is not None and not (isinstance(done, dict) and isinstance(done.get("fingerprint"), str)):
+        raise ValueError(
+            f"{path}: expected a fingerprint, got none; delete the file to finish the stage again"
+        )
+    return done
 
 
 def read_result(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -143,12 +189,16 @@ def read_json(path: Path) -> Any | None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """As `write_text`; what JSON cannot say is an error before anything is written."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes the whole file or nothing: a temporary name, flushed to disk, then renamed."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("w") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -191,8 +241,8 @@ def _check_owner(workdir: Path, wanted: Mapping[str, Any]) -> None:
         raise OtherRun(f"{workdir}: expected a directory, got a file; choose another --workdir")
     if not workdir.is_dir() or set(os.listdir(workdir)) <= _BOOKKEEPING:
         return
-    stored = read_json(workdir / CONFIG)
-    if not isinstance(stored, dict) or "stage" not in stored:
+    stored = _read_record(workdir)
+    if stored is None:
         raise OtherRun(
             f"{workdir}: expected an empty directory or a run, got other files; choose another --workdir"
         )
@@ -207,6 +257,23 @@ def _check_owner(workdir: Path, wanted: Mapping[str, Any]) -> None:
         raise OtherRun(
             f"{workdir}: the work directory of another run, which differs in {shown}; choose another one"
         )
+
+
+def _read_record(workdir: Path) -> dict[str, Any] | None:
+    """A run's config.json; None when there is none of ours, ValueError when it has been damaged."""
+    path = workdir / CONFIG
+    stored = read_json(path)
+    if not isinstance(stored, dict) or "stage" not in stored:
+        return None
+    if stored.get("format_version") != FORMAT_VERSION:
+        return stored  # another version may hold other things
+    kinds = {"stage": str, "config": dict, "inputs": dict, "fingerprint": str}
+    for key, kind in kinds.items():
+        if not isinstance(stored.get(key), kind):
+            raise ValueError(
+                f"{path}: expected {key}, got {stored.get(key)!r}; restore it or choose another --workdir"
+            )
+    return stored
 
 
 def _record(name: str, cfg: Any, inputs: Sequence[str | os.PathLike]) -> dict[str, Any]:
@@ -262,10 +329,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _is_primary() -> bool:
-    """Whether this process keeps the books of a run of one or several processes."""
-    import jax
-
-    return not jax.distributed.is_initialized() or jax.process_index() == 0

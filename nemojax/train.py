@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from nemojax.arch import ArchSpec, Attention
 from nemojax.backends.chips import peak_flops
@@ -29,7 +30,7 @@ from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import place_batch, use_mesh
+from nemojax.sharding import is_primary, place_batch, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -240,7 +241,7 @@ class _Loop:
         step_fn = jax.jit(
             make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay), donate_argnums=0
         )
-        log = RunLog(self.workdir, total_steps=self.cfg.steps)
+        log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()
         log.truncate(first)
         clock = _Clock(self.arch, self.cfg, self.optim)
         pending: tuple[int, dict[str, jax.Array], list[Any]] | None = None
@@ -256,10 +257,11 @@ class _Loop:
                     pending = (step, metrics, list(getattr(self.batches, "ids", [])))
                     if step % self.cfg.log_every == 0 or step in (first + 1, self.cfg.steps):
                         log.write(step, clock.report(step, metrics, self.state, self.batches))
-                    if self._is_due(step, sigterm.received):
+                    stop = sigterm.stops_at(step)
+                    if self._is_due(step, stop):
                         self._check_finite(pending)  # a bad step is never saved as a good one
-                        self._validate_and_save(step, log, sigterm.received)
-                    if sigterm.received and step < self.cfg.steps:
+                        self._validate_and_save(step, log, stop)
+                    if stop and step < self.cfg.steps:
                         raise Preempted(step)
                 self._check_finite(pending)
         finally:
@@ -285,7 +287,7 @@ class _Loop:
             + "; lower the learning rate or set on_nonfinite to skip"
         )
 
-    def _validate_and_save(self, step: int, log: RunLog, preempted: bool) -> None:
+    def _validate_and_save(self, step: int, log: RunLog | _NoLog, preempted: bool) -> None:
         cfg, last = self.cfg, step == self.cfg.steps
         scores: dict[str, float] = {}
         if self.evaluate and (last or (cfg.eval_every and step % cfg.eval_every == 0)):
@@ -312,7 +314,12 @@ def _restore(checkpoints: Checkpoints, state: TrainState, batches: Any) -> Train
         return state
     main, rest = _to_save(state)
     main, rest = checkpoints.restore_params(step, main), checkpoints.restore_state(step, rest)
-    batches.restore(checkpoints.restore_data(step))
+    if (position := checkpoints.restore_data(step)) is None:
+        raise ValueError(
+            f"{checkpoints.dir}: checkpoint {step}: expected the position in the data, got none; it is not a "
+            "run to resume, so choose another --workdir"
+        )
+    batches.restore(position)
     params, ema = (main, None) if state.ema is None else (rest["raw"], main)
     key = jax.random.wrap_key_data(rest["key"])
     return TrainState(rest["step"], params, rest["opt_state"], ema, key, rest["skipped"])
@@ -349,7 +356,7 @@ class _Clock:
     ) -> dict[str, float]:
         values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "finite"}
         now = time.perf_counter()
-        rate = self.tokens / max(now - self.start, 1e-9)
+        rate = self.tokens * jax.process_count() / max(now - self.start, 1e-9)
         self.tokens, self.start = 0, now
         values |= {
             "train/lr": float(jnp.asarray(self.schedule(step - 1))),
@@ -361,16 +368,33 @@ class _Clock:
         return values | getattr(batches, "metrics", {})
 
 
+class _NoLog:
+    """The log of a process that keeps no books."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def truncate(self, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
 class _Sigterm:
-    """Remembers SIGTERM until the step is over; only the main thread can listen."""
+    """Remembers SIGTERM until the step is over; only the main thread can listen.
+
+    With several processes JAX listens in each of them and finds a step that none has passed.
+    """
 
     def __enter__(self) -> _Sigterm:
-        self.received = False
+        self.received, self.old = False, None
+        if jax.process_count() > 1:
+            return self
         try:
             self.old = signal.signal(signal.SIGTERM, self._receive)
         except ValueError:  # not the main thread: whoever owns it decides
-            self.old = None
+            pass
         return self
+
+    def stops_at(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer in every process."""
+        return self.received or multihost_utils.reached_preemption_sync_point(step)
 
     def _receive(self, *_: Any) -> None:
         self.received = True

@@ -20,6 +20,7 @@ import numpy as np
 from nemojax.arch import ArchSpec, block_shapes, load_arch
 from nemojax.checkpoints import store
 from nemojax.model.llama import param_shardings
+from nemojax.sharding import is_primary, on_primary
 
 FORMAT_VERSION = 1
 
@@ -47,13 +48,14 @@ class Checkpoints:
         root = self.dir / "checkpoints"
         _check_format(root)
         root.mkdir(parents=True, exist_ok=True)
-        _write_json(root / "format.json", {"format_version": FORMAT_VERSION})
+        if is_primary():
+            _write_text(root / "format.json", json.dumps({"format_version": FORMAT_VERSION}, indent=2) + "\n")
         name, mode = self._best or ("", "max")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(keep_last, self._best),
             best_fn=(lambda metrics: metrics[name]) if self._best else None,
             best_mode=mode,
-            cleanup_tmp_directories=jax.process_index() == 0,
+            cleanup_tmp_directories=is_primary(),
             enable_async_checkpointing=True,
         )
         handlers = {
@@ -101,8 +103,8 @@ class Checkpoints:
             raise _write_error(self.dir, self._saving, error) from error
 
     def latest(self) -> int | None:
-        """The newest finished step."""
-        return self._manager.latest_step()
+        """The newest finished step; with several processes, as the primary sees it."""
+        return on_primary(self._manager.latest_step)
 
     def steps(self) -> list[int]:
         """All finished steps, ascending."""
@@ -139,7 +141,10 @@ class Checkpoints:
         files = sorted(p for p in path.glob("*") if p.is_file()) if path.is_dir() else []
         for file in files:
             if file.name == "metadata":
-                return json.loads(file.read_text())
+                try:
+                    return json.loads(file.read_text())
+                except ValueError as error:
+                    raise ValueError(f"{file}: expected JSON, got something else ({error})") from error
         return None
 
     def close(self) -> None:
@@ -214,7 +219,7 @@ def save_params(
     """Writes a final artifact: arch.json, checkpoints/<step>/params, and a copy of the tokenizer."""
     artifact = Path(artifact).absolute()
     artifact.mkdir(parents=True, exist_ok=True)
-    (artifact / "arch.json").write_text(arch.dumps())
+    _write_text(artifact / "arch.json", arch.dumps())
     if tokenizer_dir is not None and Path(tokenizer_dir).absolute() != artifact / "tokenizer":
         shutil.copytree(tokenizer_dir, artifact / "tokenizer", dirs_exist_ok=True)
     if step in finished_steps(artifact):
@@ -353,8 +358,8 @@ def _write_error(dir: Path, step: int | None, error: Exception) -> Exception:
     return error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_text(path: Path, text: str) -> None:
     """Replaces the file by one rename, so that a reader sees the old or the new text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)

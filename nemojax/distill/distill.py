@@ -12,13 +12,13 @@ from nemojax.checkpoints.artifact import load_model
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, heldout_batches, train_batches
 from nemojax.data.sources import input_files
-from nemojax.data.tokenizer import check_vocab, copy_tokenizer, load_tokenizer
+from nemojax.data.tokenizer import check_vocab, load_tokenizer
 from nemojax.distill.losses import DistillWeights, distill_loss
 from nemojax.evaluate.perplexity import heldout_loss
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig
 from nemojax.sharding import MeshConfig, make_mesh
-from nemojax.stage import run_stage
+from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit
 
 
@@ -39,7 +39,7 @@ class Config:
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Distils in `workdir`; returns held-out losses (nats a token) before and after, and the teacher's."""
     inputs = [cfg.student, cfg.teacher, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    return run_stage("distill", cfg, workdir, inputs, lambda path: _distill(cfg, path))
+    return run_stage("distill", cfg, workdir, inputs, lambda path: _distill(cfg, path), many_processes=True)
 
 
 def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -49,8 +49,7 @@ def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
     teacher_arch, teacher = load_model(cfg.teacher, mesh)
     check_vocab(tokenizer, arch)
     loss_fn = distill_loss(arch, teacher_arch, cfg.loss, cfg.compute, cfg.loss_chunk)
-    (workdir / "arch.json").write_text(arch.dumps())
-    copy_tokenizer(tokenizer.path, workdir / "tokenizer")
+    start_artifact(workdir, arch, tokenizer.path)
     heldout = heldout_batches(cfg.data, tokenizer)
     if not heldout:
         raise ValueError("data.heldout: expected held-out sources, got none; name files to validate on")

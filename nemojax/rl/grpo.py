@@ -19,7 +19,7 @@ import numpy as np
 from nemojax.arch import ArchSpec
 from nemojax.checkpoints.artifact import load_model
 from nemojax.config import field, required
-from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
+from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.evaluate.tasks import (
     Record,
     TasksConfig,
@@ -39,7 +39,7 @@ from nemojax.rl.curriculum import CurriculumConfig, Gaussian, Uniform
 from nemojax.rl.loss import grpo_loss, policy_logps
 from nemojax.rl.rollout import RolloutConfig, dump, pack, roll_out
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
-from nemojax.stage import run_stage, write_json
+from nemojax.stage import run_stage, start_artifact, write_json
 from nemojax.train import FitConfig, fit
 
 _BUCKET = 32  # row lengths are a multiple of this, and row numbers of _ROWS
@@ -74,14 +74,11 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
-    if jax.process_count() > 1:
-        raise ValueError(f"rl: expected one process, got {jax.process_count()}; sampling is not split yet")
     mesh = make_mesh(cfg.mesh)
     tokenizer = load_tokenizer(cfg.model)
     arch, params = load_model(cfg.model, mesh)
     check_vocab(tokenizer, arch)
-    (workdir / "arch.json").write_text(arch.dumps())
-    copy_tokenizer(tokenizer.path, workdir / "tokenizer")
+    start_artifact(workdir, arch, tokenizer.path)
 
     def validate(weights: Params) -> list[Record]:
         return ask_all(weights, arch, tokenizer, cfg.validation, compute=cfg.compute, mesh=mesh)
