@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,14 +36,17 @@ INSIDE_FUNCTIONS = {
     "math_verify",
     "matplotlib",
 }
+TORCH_IMPORT = re.compile(r"\b(import torch|from torch\b)")
 NO_ARRAYS = ("__init__.py", "cli.py", "commands.py")
 BANNED = {"utils", "common", "helpers", "misc", "manager", "base"}
-MAX_FILE, MAX_FUNCTION = 450, 60
+MAX_FILE, MAX_FUNCTION, MAX_FIELDS = 450, 60, 12
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 SHIPPED = "hf_files"  # torch files that an export carries: they run inside transformers, without nemojax
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 OURS = [path for path in FILES if SHIPPED not in path.parts]
+AROUND = sorted(path for name in ("configs", "launch", "notebooks") for path in (ROOT / name).rglob("*.*"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 by_file = pytest.mark.parametrize("path", OURS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -57,6 +61,10 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield from ((f"nemojax.{alias.name}", node.lineno) for alias in node.names)
             else:
                 yield node.module or "", node.lineno
+
+
+def is_torch(module: str) -> bool:
+    return module.split(".")[0] == "torch"
 
 
 def room(module: str) -> str:
@@ -112,7 +120,43 @@ def test_heavy_libraries_are_imported_where_they_are_needed(path):
 
 @by_file
 def test_torch_stays_in_the_exported_files(path):
-    assert not [line for module, line in imports(TREES[path]) if module.split(".")[0] == "torch"]
+    assert not [line for module, line in imports(TREES[path]) if is_torch(module)]
+
+
+def test_torch_stays_out_of_recipes_scripts_and_notebooks():
+    """Tests compare with it; what users run never needs it."""
+    for path in AROUND:
+        if path.suffix == ".py":
+            found = [line for module, line in imports(ast.parse(path.read_text())) if is_torch(module)]
+        else:
+            text = path.read_text()
+            found = [text[: m.start()].count("\n") + 1 for m in re.finditer(TORCH_IMPORT, text)]
+        assert not found, f"{path.relative_to(ROOT)}:{found[0]} imports torch"
+
+
+def test_names_around_the_package():
+    found = [path for path in (*AROUND, *TESTS) if set(path.relative_to(ROOT).with_suffix("").parts) & BANNED]
+    assert not found and {p.parts[len(ROOT.parts)] for p in AROUND} == {"configs", "launch", "notebooks"}
+
+
+def config_classes() -> Iterator[tuple[str, int]]:
+    """(name, number of fields) of every dataclass that has a field of nemojax.config."""
+    for path in OURS:
+        for node in ast.walk(TREES[path]):
+            if not isinstance(node, ast.ClassDef) or "dataclass" not in " ".join(
+                map(ast.unparse, node.decorator_list)
+            ):
+                continue
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            made_by = {ast.unparse(f.value.func) for f in fields if isinstance(f.value, ast.Call)}
+            if made_by & {"field", "required", "config.field", "config.required"}:
+                yield f"{path.relative_to(ROOT)}: {node.name}", len(fields)
+
+
+def test_configurations_stay_small():
+    sizes = dict(config_classes())
+    assert sizes["nemojax/train.py: FitConfig"] >= 10 and "nemojax/data/sources.py: Source" in sizes
+    assert not {name: size for name, size in sizes.items() if size > MAX_FIELDS}
 
 
 @pytest.mark.parametrize("name", NO_ARRAYS)

@@ -128,15 +128,18 @@ def build(
     kv_init: KvInit = "mean",
     compute: Compute = Compute(),
 ) -> Library:
-    """Trains the kinds that `dir` lacks and saves them; a restart redoes only the kinds not yet saved.
+    """Trains the kinds that `dir` lacks and saves them, `bld.together` of them at a time.
 
+    A restart redoes the groups that are not whole. Groups follow from `kinds` alone, not from what is on
+    disk, so that a run killed in the middle of a save trains the same program again, to the same bits.
     `batches()` starts the calibration data from the beginning: every kind sees the same tokens.
     """
     library = Library(dir)
-    missing = [kind for kind in kinds if not library.has(kind)]
-    group = bld.together or max(len(missing), 1)
-    for first in range(0, len(missing), group):
-        some = missing[first : first + group]
+    group = bld.together or max(len(kinds), 1)
+    for first in range(0, len(kinds), group):
+        some = kinds[first : first + group]
+        if all(library.has(kind) for kind in some):
+            continue
         weights = [init_kind(params, arch, kind, importance, kv_init) for kind in some]
         weights, curves = train(params, arch, some, weights, batches(), bld, compute)
         for kind, stacked, curve in zip(some, weights, curves, strict=True):

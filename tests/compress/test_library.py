@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -76,14 +77,29 @@ def test_a_variant_that_is_not_finite_stays_alone(setup):
 
 def test_built_kinds_are_not_built_again(setup, tmp_path):
     params, ranks, _, kinds, _ = setup
-    none = dataclasses.replace(BLD, steps=0)
-    library = lib.build(params, ARCH, kinds[2:], ranks, lambda: iter([]), none, tmp_path)
+    pairs = dataclasses.replace(BLD, steps=0, together=2)
+    library = lib.build(params, ARCH, kinds[2:], ranks, lambda: iter([]), pairs, tmp_path)
     before = library.path("ffn", Linear(), 0).stat().st_mtime_ns
-    lib.build(params, ARCH, kinds, ranks, lambda: iter([]), none, tmp_path)
+    lib.build(params, ARCH, kinds, ranks, lambda: iter([]), pairs, tmp_path)
     assert library.path("ffn", Linear(), 0).stat().st_mtime_ns == before
     assert library.has(kinds[0])
     with pytest.raises(ValueError, match="expected 6 calibration batches, got 1"):
         lib.build(params, ARCH, kinds[:1], ranks, lambda: iter(batches(1)), BLD, tmp_path / "other")
+
+
+def test_a_group_that_was_half_saved_is_trained_again_to_the_same_bits(setup, tmp_path):
+    """As after a kill in the middle of a save: some files of the group are there, others are not."""
+    params, ranks, _, kinds, library = setup
+    for path in library.dir.rglob("*.npz"):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.parent.name)
+    shutil.rmtree(tmp_path / "ffn-ffn24")
+    (tmp_path / "attn-linear" / "001.npz").rename(tmp_path / "attn-linear" / "001.partial")
+    again = lib.build(params, ARCH, kinds, ranks, lambda: iter(batches(1) * 6), BLD, tmp_path)
+    for kind in kinds:
+        for layer in kind.layers:
+            for name, weight in library.load(kind.part, kind.child, layer).items():
+                assert np.array_equal(weight, again.load(kind.part, kind.child, layer)[name])
 
 
 @pytest.mark.parametrize("metric", ["kl", "lm_loss"])
