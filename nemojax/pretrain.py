@@ -82,7 +82,7 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
         cfg=cfg.fit,
         workdir=workdir,
         mesh=mesh,
-        evaluate=lambda p: heldout_loss(p, arch, heldout, compute=cfg.compute),
+        evaluate=(lambda p: heldout_loss(p, arch, heldout, compute=cfg.compute)) if heldout else None,
         seed=cfg.seed,
     )
     losses = heldout_loss(params, arch, heldout, compute=cfg.compute)

@@ -14,7 +14,9 @@ from nemojax.stage import run_stage
 
 @dataclass(frozen=True)
 class Config:
-    sources: tuple[Source, ...] = field((Source(),), "what to train on; weights are ignored")
+    sources: tuple[Source, ...] = field(
+        (Source(),), "what to train on, less what is held out; weights are ignored"
+    )
     vocab_size: int = field(1024, "ids, special tokens included")
     digits: Digits = field("individual", "one token a digit, or groups of up to three as in Llama 3")
     full_reserved: bool = field(False, "all 256 special tokens of Llama 3 instead of the handful in use")
@@ -27,7 +29,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
-    texts = [text for source in cfg.sources for text in load_texts(source)]
+    texts = [text for source in cfg.sources for text in load_texts(source)[:]]
     tokenizer = train_tokenizer(
         texts, cfg.vocab_size, workdir / "tokenizer", cfg.digits, cfg.full_reserved, cfg.context
     )

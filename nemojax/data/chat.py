@@ -7,7 +7,7 @@ sampler sees it (prompt first, then what the model writes), so the mask falls on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,20 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages {"role", "content"} and the toggle: True, False, or None to leave the system text alone."""
+    """Messages {"role", "content"} and the toggle: True, False, or None to leave the system text alone.
+
+    where: `file:line` that it was read from, for errors.
+    """
 
     messages: tuple[Message, ...]
     thinking: bool | None = None
+    where: str = field(default="", compare=False)
+
+    @property
+    def question(self) -> str:
+        """What the user says: a question answered twice, thinking and not, is held out or trained as one."""
+        said = [m for m in self.messages if m["role"] == "user"] or self.messages
+        return "\n\n".join(f"{m['role']}: {m['content'].strip()}" for m in said)
 
 
 def with_toggle(messages: Sequence[Message], thinking: bool | None) -> list[Message]:
@@ -168,14 +178,15 @@ def chat_examples(
         raise ValueError(
             "chat: expected long to be error, drop or truncate, got 'split'; a turn has no halves"
         )
-    parts = [_parts(tokenizer, chat, f"{where} {number}") for number, chat in enumerate(conversations)]
+    places = [chat.where or f"{where} {number}" for number, chat in enumerate(conversations)]
+    parts = [_parts(tokenizer, chat, place) for chat, place in zip(conversations, places, strict=True)]
     encoded = iter(tokenizer.encode_batch([text for chat in parts for text, _ in chat]))
     kept, dropped = [], 0
-    for number, chat in enumerate(parts):
+    for chat, place in zip(parts, places, strict=True):
         example = _example(tokenizer, [(next(encoded), trained) for _, trained in chat])
         if example.size > length:
             if long == "error":
-                check_length(len(example.ids), length + 1, f"{where} {number}")
+                check_length(len(example.ids), length + 1, place)
             example = Example(example.ids[: length + 1], example.weights[: length + 1])
             if long == "drop" or not example.weights.any():
                 dropped += 1
@@ -202,9 +213,15 @@ def answer_with_thinking(reasoning: str, content: str) -> str:
 
 
 def load_conversations(path: str | Path) -> list[Conversation]:
-    """Conversations of JSONL files: rows {"messages": [...], "thinking": true|false|absent} or
-    {"input", "output", "reasoning": "on"|"off"}; ValueError with file and line for anything else."""
-    return [conversation_from_row(row, where) for where, row in read_jsonl_rows(path)]
+    """Conversations of JSONL files; `path` is a file, a directory or a pattern.
+
+    Rows are {"messages": [...], "thinking": true|false|absent} or {"input", "output", "reasoning":
+    "on"|"off"}; ValueError with file and line for anything else.
+    """
+    found = [conversation_from_row(row, where) for where, row in read_jsonl_rows(path)]
+    if not found:
+        raise ValueError(f"{path}: expected conversations, got none; add rows or leave the file out")
+    return found
 
 
 def conversation_from_row(row: Mapping[str, Any], where: str) -> Conversation:
@@ -223,7 +240,7 @@ def conversation_from_row(row: Mapping[str, Any], where: str) -> Conversation:
     if not (thinking is None or isinstance(thinking, bool)):
         raise ValueError(f"{where}: expected thinking to be true or false, got {thinking!r}")
     check_messages(given, where)
-    return Conversation(tuple(given), thinking)
+    return Conversation(tuple(given), thinking, where)
 
 
 def conversations(pairs: Iterable[tuple[str, str]], thinking: bool | None = None) -> list[Conversation]:

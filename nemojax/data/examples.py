@@ -103,7 +103,7 @@ def text_examples(
         eager = len(texts) <= EAGER_DOCUMENTS
     if not eager:
         return LazyExamples(texts, tokenizer)
-    return StoredExamples(document(tokenizer, ids) for ids in tokenizer.encode_batch(list(texts)))
+    return StoredExamples(document(tokenizer, ids) for ids in tokenizer.encode_batch(texts[:]))
 
 
 def split_example(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nemojax.config import field
 from nemojax.data.examples import LongPolicy, text_examples
 from nemojax.data.loader import Loader, make_loader
 from nemojax.data.packing import Batch, packed_batches
-from nemojax.data.sources import Source, load_texts
+from nemojax.data.sources import Source, load_heldout, load_texts
 from nemojax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TextData:
     sources: tuple[Source, ...] = field((Source(),), "what is trained on; weights are shares of the tokens")
-    heldout: tuple[Source, ...] = field((), "what is validated on; empty: the sources' own held-out split")
+    heldout: tuple[Source, ...] = field(
+        (), "what is validated on, whole; empty: the part of `sources` that is held out"
+    )
     length: int = field(2048, "tokens a row")
     batch_size: int = field(8, "rows a step over all devices")
     long: LongPolicy = field("split", "documents longer than a row: split, truncate, drop or error")
@@ -27,14 +30,10 @@ def train_batches(
     data: TextData, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
 ) -> Loader:
     """Endless packed batches of the mixture; this process's rows of them."""
-    if data.batch_size % process_count:
-        raise ValueError(
-            f"data.batch_size: expected a multiple of {process_count} processes, got {data.batch_size}"
-        )
     return make_loader(
-        [text_examples(load_texts(source), tokenizer) for source in data.sources],
+        [text_examples(load_texts(source), tokenizer) for source in training_sources(data)],
         [source.weight for source in data.sources],
-        batch_size=data.batch_size // process_count,
+        batch_size=rows_of_process(data.batch_size, process_count),
         length=data.length,
         pad_id=tokenizer.pad_id,
         seed=data.seed,
@@ -44,21 +43,46 @@ def train_batches(
     )
 
 
-def heldout_batches(data: TextData, tokenizer: Tokenizer) -> dict[str, list[Batch]]:
-    """{source name: packed batches}, each held-out document once, in order."""
-    sources = data.heldout or tuple(
-        replace(s, split="heldout", limit=min(s.limit, 512) if s.kind == "problems" else 0)
-        for s in data.sources
-        if s.kind in ("pydoc", "problems")
+def training_sources(data: TextData) -> list[Source]:
+    """The sources as they are trained on: where `heldout` names texts, no share is taken out of them."""
+    return (
+        [replace(source, heldout_share=0.0) for source in data.sources] if data.heldout else [*data.sources]
     )
+
+
+def rows_of_process(batch_size: int, process_count: int) -> int:
+    """The rows of a global batch that one process makes; ValueError if they do not divide evenly."""
+    if batch_size % process_count:
+        raise ValueError(
+            f"data.batch_size: expected a multiple of {process_count} processes, got {batch_size}"
+        )
+    return batch_size // process_count
+
+
+def heldout_batches(data: TextData, tokenizer: Tokenizer) -> dict[str, list[Batch]]:
+    """{source name: packed batches}, each held-out document once; {} where nothing is held out."""
+    if data.heldout:
+        check_names([source.name for source in data.heldout], "data.heldout")
+        texts = {s.name: load_texts(replace(s, heldout_share=0.0)) for s in data.heldout}
+    else:
+        check_names([source.name for source in data.sources], "data.sources")
+        texts = {source.name: load_heldout(source) for source in data.sources}
     return {
-        source.name: packed_batches(
-            text_examples(load_texts(source), tokenizer),
+        name: packed_batches(
+            text_examples(documents, tokenizer),
             data.batch_size,
             data.length,
             tokenizer.pad_id,
             data.long,
             max_batches=data.heldout_batches,
         )
-        for source in sources
+        for name, documents in texts.items()
+        if len(documents)
     }
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """ValueError if two sources have one name, under which reports could not tell them apart."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: expected different names, got {name!r} twice; set name")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nemojax.data.chat import Conversation, answer_with_thinking, split_thinking
-from nemojax.data.sources import HELDOUT_BUCKETS, is_heldout
+from nemojax.data.heldout import HELDOUT_BUCKETS, is_heldout
 from nemojax.data.templates import (
     ask_base_conversion,
     ask_bits,

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
+import bz2
+import glob
+import gzip
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nemojax import config
+from nemojax.data.heldout import (
+    HELDOUT_SHARE,
+    check_share,
+    heldout_side,
+    is_heldout,
+    too_small,
+    training_side,
+)
 
 Kind = Literal["pydoc", "hf", "jsonl", "text", "parquet", "problems"]
 Split = Literal["train", "heldout"]
-HELDOUT_BUCKETS, BUCKETS = 10, 100
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 log = logging.getLogger(__name__)
 
 
@@ -23,68 +35,101 @@ class Source:
     """A collection of texts.
 
     `pydoc` (the language reference that ships with Python) and `problems` need no path and split
-    themselves by hash; `hf` takes a data set's name, the others a file or a pattern such as `*.jsonl`.
+    themselves by topic and by prompt; `hf` takes a data set's name, the others a file, a directory or a
+    pattern such as `data/**/*.jsonl.gz`, and a share of their documents is held out.
     """
 
     name: str = config.field("pydoc", "how reports call it; problems: the family")
     kind: Kind = config.field("pydoc", "pydoc, hf, jsonl, text, parquet or problems")
-    path: str = config.field("", "file, pattern or data set name; hf: `name` or `name:configuration`")
+    path: str = config.field(
+        "", "file, directory, pattern or data set name; hf: `name` or `name:configuration`"
+    )
     split: str = config.field("train", "pydoc, problems: train or heldout; hf: the data set's own split")
     field: str = config.field("text", "column that holds the text; problems: answer, trace or both")
     weight: float = config.field(1.0, "share of the tokens in a mixture, relative to the other sources")
-    limit: int = config.field(0, "at most this many documents, 0 for all; problems: how many to make")
+    limit: int = config.field(
+        0, "train on at most this many documents, 0 for all; problems: how many to make"
+    )
     seed: int = config.field(0, "problems: seed of the generator")
-
-
-def is_heldout(key: str, heldout: int = HELDOUT_BUCKETS) -> bool:
-    """Whether a key falls among the first `heldout` of 100 hash buckets; the same everywhere, forever."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % BUCKETS < heldout
+    heldout_share: float = config.field(
+        HELDOUT_SHARE,
+        "files, hf: part of the documents, chosen by hash of the text, that is validated on and never "
+        "trained on; not taken out where data.heldout names other texts",
+    )
 
 
 def load_texts(source: Source) -> Sequence[str]:
-    """The texts of a source, empty ones left out; ValueError if none are left."""
+    """The texts of a source to train on, blank ones left out; ValueError if none are left."""
+    check_share(source.heldout_share, f"source {source.name}")
     match source.kind:
         case "pydoc":
-            texts = _pydoc(_own_split(source))
+            texts = _pydoc(_own_split(source), source.limit)
         case "problems":
-            return _problems(source)
-        case "jsonl":
-            texts = [_column(row, source, where) for where, row in _jsonl_rows(_files(source))]
-        case "text" | "parquet":
-            texts = _with_datasets(source)
-        case "hf":
-            texts = _from_hub(source)
-    texts = texts if source.kind == "hf" else [text for text in texts if text.strip()]
+            texts = _problems(source)
+        case _:
+            table = _read(source)
+            texts = _take(
+                table, training_side(_each(table, source), source.heldout_share, source.limit), source
+            )
+            if not len(texts) and len(heldout_side(_each(table, source), source.heldout_share)):
+                raise ValueError(
+                    f"source {source.name}: expected texts to train on, got only held-out ones; add more, "
+                    "or lower heldout_share"
+                )
     if not len(texts):
         raise ValueError(f"source {source.name}: expected texts, got none in {source.path or source.split}")
-    return texts[: source.limit] if source.limit and source.limit < len(texts) else texts
+    return texts
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file or pattern; ValueError with file and line for a malformed one.
+def load_heldout(source: Source) -> Sequence[str]:
+    """The texts of a source that are never trained on, whatever its limit and the order of its files.
 
-    Blank lines are skipped and their number is logged.
+    Empty where `heldout_share` is 0; ValueError where the source is too small to hold one out.
     """
-    return [row for _, row in read_jsonl_rows(path)]
+    if source.kind in ("pydoc", "problems"):
+        limit = min(source.limit, 512) if source.kind == "problems" else 0
+        return load_texts(replace(source, split="heldout", limit=limit))
+    check_share(source.heldout_share, f"source {source.name}")
+    if not source.heldout_share:
+        return []
+    table = _read(source)
+    found = heldout_side(_each(table, source), source.heldout_share)
+    if not found:
+        raise too_small(f"source {source.name}", len(table), source.heldout_share)
+    return _take(table, found, source)
 
 
 def read_jsonl_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """As `read_jsonl`, each row with its `file:line`."""
-    return _jsonl_rows(_files(Source(name=str(path), kind="jsonl", path=str(path))))
+    """The rows of JSONL files, each with its `file:line`; `path` is a file, a directory or a pattern.
+
+    ValueError with file and line for a malformed row. Blank lines are skipped and their number is logged.
+    """
+    return _jsonl_rows(local_files(path))
 
 
 def input_files(sources: Sequence[Source]) -> list[Path]:
     """The local files that sources read, so that a stage notices when one changes."""
-    return [
-        path for source in sources if source.kind in ("jsonl", "text", "parquet") for path in _files(source)
-    ]
+    files: list[Path] = []
+    for source in sources:
+        if source.kind in ("jsonl", "text", "parquet"):
+            files += _files(source)
+        elif source.kind == "hf" and Path(source.path).is_dir():
+            files.append(Path(source.path))
+    return files
 
 
-def report(source: Source) -> dict[str, int]:
-    """Documents and characters of a source, for a stage's result."""
-    texts = load_texts(source)
-    return {"documents": len(texts), "characters": sum(map(len, texts))}
+def local_files(path: str | Path, kind: str = "jsonl", where: str = "") -> list[Path]:
+    """The files that a path, a directory or a pattern names, sorted; ValueError if there are none."""
+    path = str(path)
+    found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
+    if path and Path(path).is_dir():
+        ending = {"text": "txt"}.get(kind, kind)
+        patterns = [f"*.{ending}", *(f"*.{ending}{packed}" for packed in OPENERS)]
+        found = [str(match) for pattern in patterns for match in Path(path).glob(pattern)]
+    files = sorted(Path(match) for match in found if Path(match).is_file())
+    if not files:
+        raise ValueError(f"{where}expected files at {path!r}, got none; check the path")
+    return files
 
 
 def _own_split(source: Source) -> Split:
@@ -93,10 +138,12 @@ def _own_split(source: Source) -> Split:
     return source.split
 
 
-def _pydoc(split: Split) -> list[str]:
+def _pydoc(split: Split, limit: int) -> list[str]:
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics) if is_heldout(name) == (split == "heldout")]
+    texts = [topics[name] for name in sorted(topics) if is_heldout(name) == (split == "heldout")]
+    texts = [text for text in texts if text.strip()]
+    return texts[:limit] if limit else texts
 
 
 def _problems(source: Source) -> list[str]:
@@ -110,29 +157,34 @@ def _problems(source: Source) -> list[str]:
 
 
 def _files(source: Source) -> list[Path]:
-    path = Path(source.path)
-    found = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if source.path else []
-    if path.is_dir():
-        ending = {"text": "*.txt"}.get(source.kind, f"*.{source.kind}")
-        found = sorted(path.glob(ending))
-    if not found:
-        raise ValueError(f"source {source.name}: expected files at {source.path!r}, got none")
-    return found
+    return local_files(source.path, source.kind, f"source {source.name}: ")
 
 
 def _jsonl_rows(files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
     rows: list[tuple[str, dict[str, Any]]] = []
     for path in files:
         blank = 0
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    blank += 1
-                    continue
-                rows.append((f"{path}:{number}", _json_object(line, f"{path}:{number}")))
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                blank += 1
+                continue
+            rows.append((f"{path}:{number}", _json_object(line, f"{path}:{number}")))
         if blank:
             log.warning("%s: skipped %d blank lines", path, blank)
     return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    packed = OPENERS.get(path.suffix)
+    if not packed:
+        with path.open("rb") as lines:
+            yield from lines
+        return
+    try:
+        with packed(path) as lines:
+            yield from lines
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot unpack it ({error}); fetch or compress the file again") from error
 
 
 def _json_object(line: bytes, where: str) -> dict[str, Any]:
@@ -153,7 +205,44 @@ def _column(row: dict[str, Any], source: Source, where: str) -> str:
     return value
 
 
-def _with_datasets(source: Source) -> list[str]:
+def _read(source: Source) -> Any:
+    """All texts of a source that has files or a data set: a list, or a table that stays on disk."""
+    match source.kind:
+        case "jsonl":
+            return [_column(row, source, where) for where, row in _jsonl_rows(_files(source))]
+        case "hf":
+            return _from_hub(source)
+        case _:
+            return _with_datasets(source)
+
+
+def _each(table: Any, source: Source) -> Iterator[str]:
+    """The texts one after another; a row without text counts as blank."""
+    if isinstance(table, list):
+        yield from table
+        return
+    name = _text_column(source)
+    for batch in table.select_columns(name).iter(1024):
+        for text in batch[name]:
+            if not (text is None or isinstance(text, str)):
+                raise ValueError(
+                    f"source {source.name}: expected text in column {name!r}, got {type(text).__name__}; "
+                    "set the source's field"
+                )
+            yield text or ""
+
+
+def _take(table: Any, places: list[int], source: Source) -> Sequence[str]:
+    if isinstance(table, list):
+        return [table[place] for place in places]
+    return table.select(places)[_text_column(source)]
+
+
+def _text_column(source: Source) -> str:
+    return "text" if source.kind == "text" else source.field
+
+
+def _with_datasets(source: Source) -> Any:
     import datasets
 
     files = [str(path) for path in _files(source)]
@@ -161,30 +250,34 @@ def _with_datasets(source: Source) -> list[str]:
     try:
         table = datasets.load_dataset(source.kind, data_files=files, split="train", **extra)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"source {source.name}: cannot read {source.path} as {source.kind} ({reason})"
+            f"source {source.name}: cannot read {source.path} as {source.kind} ({_reason(error)})"
         ) from error
-    return list(_named_column(table, source))
+    return _with_column(table, source)
 
 
-def _from_hub(source: Source) -> Sequence[str]:
+def _from_hub(source: Source) -> Any:
     import datasets
 
     name, _, configuration = source.path.partition(":")
     try:
         table = datasets.load_dataset(name, configuration or None, split=source.split)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"source {source.name}: cannot load data set {source.path!r} ({reason})") from error
-    return _named_column(table, source)
+        raise ValueError(
+            f"source {source.name}: cannot load data set {source.path!r} ({_reason(error)})"
+        ) from error
+    return _with_column(table, source)
 
 
-def _named_column(table: Any, source: Source) -> Any:
-    name = "text" if source.kind == "text" else source.field
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _with_column(table: Any, source: Source) -> Any:
+    name = _text_column(source)
     if name not in table.column_names:
         known = ", ".join(table.column_names)
         raise ValueError(
             f"source {source.name}: expected column {name!r}, got {known}; set the source's field"
         )
-    return table[name]
+    return table

@@ -52,7 +52,10 @@ def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
     start_artifact(workdir, arch, tokenizer.path)
     heldout = heldout_batches(cfg.data, tokenizer)
     if not heldout:
-        raise ValueError("data.heldout: expected held-out sources, got none; name files to validate on")
+        raise ValueError(
+            "data.heldout: expected held-out texts, got none as every heldout_share is 0; name files in "
+            "data.heldout, or set a heldout_share"
+        )
     before = heldout_loss(params, arch, heldout, compute=cfg.compute)
     of_teacher = heldout_loss(teacher, teacher_arch, heldout, compute=cfg.compute)
     needs_teacher = cfg.loss.kl or cfg.loss.cosine

@@ -133,9 +133,14 @@ def test_conversations_from_jsonl(tmp_path):
     loaded = chat.load_conversations(path)
     assert [c.thinking for c in loaded] == [True, False, None]
     assert all(c.messages == (user("a"), assistant("b")) for c in loaded)
+    assert [c.where for c in loaded] == [f"{path}:{line}" for line in (1, 3, 5)]
+    assert {c.question for c in loaded} == {"user: a"}
     path.write_text(json.dumps(rows[0]) + '\n{"text": "a"}\n')
     with pytest.raises(ValueError, match="chats.jsonl:2: expected messages"):
         chat.load_conversations(path)
     path.write_text('{"messages": [{"role": "user", "content": "a"}], "thinking": "yes"}')
     with pytest.raises(ValueError, match="true or false, got 'yes'"):
+        chat.load_conversations(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="chats.jsonl: expected conversations, got none"):
         chat.load_conversations(path)
