@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from nemojax.arch import uniform
+from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.model import llama
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
 from nemojax.train import FitConfig, Preempted, fit, flops_per_token, init_state, lm_loss, make_step
@@ -61,9 +62,9 @@ def params():
     return llama.init_params(ARCH, jax.random.key(0))
 
 
-def run(workdir, cfg=QUIET, batches=None, **extra):
+def run(workdir, cfg=QUIET, batches=None, optim=OPTIM):
     batches = batches or RandomBatches()
-    return fit(params(), lm_loss(ARCH), batches, arch=ARCH, optim=OPTIM, cfg=cfg, workdir=workdir, **extra)
+    return fit(params(), lm_loss(ARCH), batches, arch=ARCH, optim=optim, cfg=cfg, workdir=workdir)
 
 
 def lines(workdir):
@@ -163,8 +164,17 @@ def test_a_bad_step_can_be_skipped_and_is_counted(tmp_path):
     assert [row["train/skipped"] for row in lines(tmp_path) if "train/skipped" in row] == [0, 0, 0, 1, 1, 1]
 
 
-def test_resuming_ends_bit_identical(tmp_path):
-    whole = run(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("ema", "optim"),
+    [
+        pytest.param(0.0, OPTIM, id="adamw"),
+        pytest.param(0.5, dataclasses.replace(OPTIM, name="muon"), id="muon with an average"),
+    ],
+)
+def test_resuming_ends_bit_identical(tmp_path, ema, optim):
+    """With an average of the weights both are kept: it is what is returned, the others what is trained."""
+    cfg = dataclasses.replace(QUIET, ema_decay=ema)
+    whole = run(tmp_path / "whole", cfg, optim=optim)
     batches = RandomBatches()
 
     class Stop(Exception):
@@ -177,11 +187,14 @@ def test_resuming_ends_bit_identical(tmp_path):
             return super().__next__()
 
     with pytest.raises(Stop):
-        run(tmp_path / "broken", batches=Breaks())
-    assert same(run(tmp_path / "broken", batches=batches), whole)
+        run(tmp_path / "broken", cfg, Breaks(), optim)
+    assert Checkpoints(tmp_path / "broken").latest() == 4
+    assert same(run(tmp_path / "broken", cfg, batches, optim), whole)
     assert batches.number == 6
-    rows = [row["step"] for row in lines(tmp_path / "broken")]
-    assert rows == sorted(set(rows)) == [1, 2, 3, 4, 5, 6]
+    rows = lines(tmp_path / "broken")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    losses = [row["train/loss"] for row in lines(tmp_path / "whole")]
+    assert [row["train/loss"] for row in rows] == losses
 
 
 def test_average_of_the_weights_is_what_is_returned_and_resumed(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,8 +25,6 @@ from nemojax.model.llama import init_params
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    import jax
-
     root = tmp_path_factory.mktemp("compress")
     texts = root / "texts.jsonl"
     rng = np.random.default_rng(0)
@@ -83,16 +82,29 @@ def test_run(cfg, tmp_path):
 def test_an_interrupted_run_continues_to_the_same_child(cfg, tmp_path, monkeypatch):
     from nemojax.compress import run as stage
 
+    # a stopwatch never shows the same twice, and the search may follow it
+    cfg = dataclasses.replace(
+        cfg, cost=dataclasses.replace(cfg.cost, timings=()), budget=Budget(ratio={"params": 0.65})
+    )
+    whole, workdir = tmp_path / "whole", tmp_path / "interrupted"
+    expected = run(cfg, whole)
+
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "score", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(cfg, tmp_path)
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "library").rglob("*.npz")}
-    run(cfg, tmp_path)
+            run(cfg, workdir)
+    files = {p: p.stat().st_mtime_ns for p in (workdir / "library").rglob("*.npz")}
+    result = run(cfg, workdir)
     assert files and all(p.stat().st_mtime_ns == t for p, t in files.items())
+    assert {**result, "seconds": None} == {**expected, "seconds": None}
+    (arch, params), (other, others) = load_params(workdir), load_params(whole)
+    assert arch == other and arch.blocks != load_params(cfg.parent)[0].blocks
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, others))
+    for name in ("scores.json", "table.json", "solution.json"):
+        assert (workdir / name).read_text() == (whole / name).read_text()
 
 
 def test_impossible_budget_and_short_data(cfg, tmp_path):
