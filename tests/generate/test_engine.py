@@ -12,8 +12,9 @@ from nemojax.data.examples import Example
 from nemojax.data.packing import row_per_example
 from nemojax.generate.engine import generate
 from nemojax.generate.sampling import SamplingConfig, log_distribution, make_controls, sample
-from nemojax.model.llama import apply, init_params
+from nemojax.model.llama import apply, init_params, param_shardings
 from nemojax.rl.loss import policy_logps
+from nemojax.sharding import MeshConfig, make_mesh
 
 ARCH = ArchSpec(
     vocab_size=64,
@@ -83,6 +84,20 @@ def test_greedy_equals_a_loop_without_cache(params):
             tokens.append(int(jnp.argmax(forward(params, padded)[0, len(tokens) - 1])))
         assert completion.tokens == tokens[len(prompt) :]
         assert completion.logprobs == [0.0] * 12 and not completion.finished
+
+
+def test_a_mesh_gives_the_same_greedy_tokens():
+    """Two by four devices; one and two KV heads on four: those are replicated. More prompts than slots."""
+    arch = ARCH.replace(blocks=tuple(b for b in ARCH.blocks if b != BlockSpec(Attention(4), NoOp())))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    params = jax.tree.map(lambda w: w * 1.5, init_params(arch, jax.random.key(0)))
+    placed = jax.device_put(params, param_shardings(arch, mesh))
+    assert placed["runs"]["000"]["ffn"]["up"].sharding.shard_shape((2, 32, 48)) == (2, 16, 12)
+    prompts, sampling = make_prompts(12, seed=3), SamplingConfig(temperature=0, max_new_tokens=16)
+    one = generate(params, arch, prompts, jax.random.key(0), sampling, [EOS], max_batch=8)
+    other = generate(placed, arch, prompts, jax.random.key(0), sampling, [EOS], max_batch=8, mesh=mesh)
+    assert one == other
+    assert len({tuple(c.tokens) for c in one}) == 12
 
 
 def test_rows_do_not_see_each_other(params):
