@@ -1,0 +1,157 @@
+"""A training step and a decoding step compiled for TPUs on this CPU, by libtpu alone.
+
+What the compiler says about memory and communication is what a pod would see; nothing runs. The test needs
+`pip install libtpu` in the version that belongs to jax (the extra `tpu` brings it).
+"""
+
+import importlib.util
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
+from nemojax.model import llama
+from nemojax.model.attention import make_context
+from nemojax.model.cache import init_cache
+from nemojax.optim import OptimConfig, make_optimizer
+from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
+from nemojax.train import TrainState, lm_loss, make_step
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (200 MB; the extra `tpu`)"
+    ),
+]
+FULL = BlockSpec(Attention(4), SwiGLU(1024))
+ARCH = ArchSpec(
+    vocab_size=1024,
+    dim=512,
+    num_heads=8,
+    head_dim=128,
+    context=1024,
+    blocks=(
+        *(FULL,) * 4,
+        BlockSpec(Attention(2), SwiGLU(512)),
+        BlockSpec(NoOp(), SwiGLU(512)),
+        BlockSpec(Linear(), NoOp()),
+        BlockSpec(NoOp(), NoOp()),
+        BlockSpec(Attention(1), Linear()),  # one KV head on two devices: replicated
+    ),
+)
+ROWS, LENGTH, CAPACITY = 8, 256, 1024
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """Four v5e chips: fsdp=2, tensor=2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+        yield make_mesh(MeshConfig(fsdp=2, tensor=2), topology.devices)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def over(tree: Any, mesh: jax.sharding.Mesh, *spec: Any) -> Any:
+    """The tree's shapes, each array with the same partition."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))),
+        tree,
+    )
+
+
+def bytes_of(tree: Any, *, on_a_device: bool) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if on_a_device else leaf.shape) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def check_memory(compiled: Any, *arguments: Any) -> None:
+    """What a device holds is its shards. Tiles round vectors and scalars up, by a thousandth in all."""
+    memory = compiled.memory_analysis()
+    mine = bytes_of(arguments, on_a_device=True)
+    assert mine <= memory.argument_size_in_bytes <= 1.001 * mine
+    assert mine < 0.3 * bytes_of(arguments, on_a_device=False)
+    assert memory.temp_size_in_bytes > 0
+
+
+def collectives(compiled: Any) -> set[str]:
+    return set(
+        re.findall(r"\b(all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", compiled.as_text())
+    )
+
+
+def train_state(mesh: jax.sharding.Mesh, tx: optax.GradientTransformation) -> TrainState:
+    """Abstract, with moments that are split as their parameters."""
+    params = abstract(llama.abstract_params(ARCH), llama.param_shardings(ARCH, mesh))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree.map_params(
+        tx,
+        lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p.sharding),
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
+    )
+    count, key = over((jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0)), mesh)
+    return TrainState(count, params, moments, None, key, count)
+
+
+def test_a_training_step(mesh):
+    tx = make_optimizer(OptimConfig(), 100)
+    state = train_state(mesh, tx)
+    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    batch = {name: ids for name in ("tokens", "targets", "segments", "positions")}
+    batch["weights"] = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.float32)
+    batch = over(batch, mesh, BATCH_AXES, None)
+    compute = llama.Compute(dtype="bfloat16", remat="full")
+    step = make_step(lm_loss(ARCH, compute, chunk=128), tx)
+    with use_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, None, batch).compile()
+    check_memory(compiled, state, batch)
+    # the state is updated in place, in the shardings that it came in
+    memory: Any = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= bytes_of(state, on_a_device=True)
+    assert {"all-gather", "all-reduce"} <= collectives(compiled)
+    (new_state, _) = compiled.output_shardings
+    for old, new in zip(jax.tree.leaves(state.params), jax.tree.leaves(new_state.params), strict=True):
+        assert new.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_a_decoding_step(mesh):
+    params = abstract(llama.abstract_params(ARCH, jnp.bfloat16), llama.param_shardings(ARCH, mesh))
+    cache = {}
+    for name, run in jax.eval_shape(lambda: init_cache(ARCH, ROWS, CAPACITY, jnp.dtype("bfloat16"))).items():
+        heads = run["k"].shape[3]
+        cache[name] = over(run, mesh, None, BATCH_AXES, None, "tensor" if heads % 2 == 0 else None, None)
+    tokens_B, position_B = (
+        over(jax.ShapeDtypeStruct((ROWS,), jnp.int32), mesh, BATCH_AXES) for _ in range(2)
+    )
+
+    def decode(params, cache, last_B, position_B):
+        compute = llama.Compute(dtype="bfloat16")
+        ctx = make_context(ARCH, position_B[:, None])
+        h_B1D = llama.embed(params, last_B[:, None], compute)
+        h_B1D, _, cache = llama.apply_blocks(params, ARCH, h_B1D, ctx, cache=cache, compute=compute)
+        return jnp.argmax(llama.head(params, ARCH, h_B1D)[:, 0], -1).astype(jnp.int32), cache
+
+    with use_mesh(mesh):
+        compiled = jax.jit(decode, donate_argnums=1).lower(params, cache, tokens_B, position_B).compile()
+    check_memory(compiled, params, cache, tokens_B, position_B)
+    # partial sums of the heads and channels that lie on two devices
+    assert "all-reduce" in collectives(compiled)
+    memory: Any = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= bytes_of(cache, on_a_device=True)
