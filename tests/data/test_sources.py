@@ -7,6 +7,7 @@ import lzma
 
 import pytest
 
+from nemojax.data.examples import text_examples
 from nemojax.data.heldout import is_heldout
 from nemojax.data.mixture import TextData, heldout_batches, train_batches
 from nemojax.data.sources import Source, input_files, load_heldout, load_texts, read_jsonl_rows
@@ -150,12 +151,16 @@ def hub(tmp_path, cache):
     return tmp_path / "set"
 
 
-def test_a_data_set_in_hub_layout(hub):
+def test_a_data_set_in_hub_layout(hub, tmp_path):
     english = source(f"{hub}:en", "hf")
     texts, heldout = load_texts(english), load_heldout(english)
     assert sorted([*texts, *heldout]) == sorted(f"en train {i}" for i in range(300))
     assert 0 < len(heldout) < 20
     assert load_texts(source(f"{hub}:en", "hf", limit=2))[:] == texts[:2]
+    tokenizer = tiny_tokenizer(tmp_path)
+    stored, lazy = (text_examples(texts, tokenizer, eager) for eager in (True, False))
+    assert len(stored) == len(lazy) == len(texts)
+    assert all(lazy[i].ids.tolist() == stored[i].ids.tolist() for i in (0, 100, len(texts) - 1))
     assert set(load_texts(source(f"{hub}:en", "hf", split="test", heldout_share=0.0))) == {
         f"en test {i}" for i in range(5)
     }
