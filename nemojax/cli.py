@@ -84,7 +84,7 @@ def user_message(error: Exception) -> str | None:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     # Checkpoint libraries wrap the operating system's error in types of their own.
     if full or "No space left on device" in text or "Disk quota exceeded" in text:
-        return f"disk full: {text}; free some space and run again to resume"
+        return f"disk full: {text}; free some space and run again"
     if isinstance(error, ValueError | OSError):
         return text
     return None
@@ -103,7 +103,7 @@ def _dispatch(args: list[str]) -> None:
         module, function, _ = OTHERS[args[0]]
         getattr(importlib.import_module(module), function)(args[1:])
     else:
-        near = difflib.get_close_matches(args[0], ORDER, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(args[0], ORDER, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(ORDER)}"
         raise ValueError(f"unknown command {args[0]!r}; {hint}")
 

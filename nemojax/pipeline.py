@@ -170,7 +170,9 @@ def _run_export(cfg: ExportConfig, workdir: Path) -> dict[str, Any]:
         (workdir / stage.DONE).unlink(missing_ok=True)  # somebody has taken it away
 
     def body(_: Path) -> dict[str, Any]:
-        fingerprint = stage.read_json(workdir / stage.CONFIG)["fingerprint"]
+        record = stage.read_json(workdir / stage.CONFIG)
+        assert record is not None  # run_stage has just written it
+        fingerprint = record["fingerprint"]
         if found := _read_exported(target):
             if found["fingerprint"] == fingerprint:
                 return found["result"]

@@ -148,8 +148,10 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def _item(self, step: int, name: str) -> Path:
         path = self.dir / "checkpoints" / str(step) / name
@@ -350,7 +352,7 @@ def _write_error(dir: Path, step: int | None, error: Exception) -> Exception:
         or "RESOURCE_EXHAUSTED" in text
     )
     if full:
-        return ValueError(f"{dir}: no space left while saving step {step}; free some and run again to resume")
+        return ValueError(f"{dir}: no space left while saving step {step}; free some and run again")
     if isinstance(error, OSError | ValueError):
         return ValueError(
             f"{dir}: could not save step {step} ({text.splitlines()[0][:200] if text else error!r})"

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -171,7 +172,22 @@ def _new_directory(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         partial.rename(target)
-    except OSError as error:
-        raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        _remove(partial)
+        match error:
+            case OSError():
+                raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
+            case ValueError():  # it may name the directory that is gone by now
+                raise ValueError(str(error).replace(str(partial), str(target))) from error
+        raise
+
+
+def _remove(directory: Path) -> None:
+    """Removes the directory of a failed save, and what Orbax's other writers still make in it meanwhile."""
+    gone = 0
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        gone = 0 if directory.exists() else gone + 1
+        if gone == 6:
+            return
+        time.sleep(0.05)

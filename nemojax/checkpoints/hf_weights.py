@@ -203,7 +203,7 @@ def write_shards(
 ) -> int:
     """Writes model-0000x-of-0000y.safetensors and the index, a shard at a time; returns bytes of weights.
 
-    `read` gives the tensors of a shard by name. ValueError when the disk is full.
+    `read` gives the tensors of a shard by name. OSError when one cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -215,10 +215,8 @@ def write_shards(
         tensors = read(names)
         try:
             save_file(tensors, str(out / file), metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{out / file}: could not write ({error}); free some space and try again"
-            ) from error
+        except SafetensorError as error:
+            raise OSError(f"{file}: {error}") from error
         weight_map |= dict.fromkeys(names, file)
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
