@@ -7,11 +7,14 @@ under `jax.set_mesh` with Auto axes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +48,8 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
 )
 START_TIMEOUT = "NEMOJAX_START_TIMEOUT"  # seconds that a process waits for the others, 300 by default
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long counts as dead, and the others end
-SHUTDOWN_SECONDS = 15  # a process that ends waits so long for the others; after an error they hang
+SHUTDOWN_SECONDS = 60  # a process that is done waits so long for the others
+FAREWELL_SECONDS = 5  # after an error the primary waits so long for others that have failed likewise
 
 
 def process_arguments(env: Mapping[str, str]) -> dict[str, Any] | None:
@@ -153,6 +157,35 @@ def on_primary(make: Callable[[], Any]) -> Any:
     if told["error"] is not None:
         raise ValueError(f"process 0: {told['error']}")
     return told["value"]
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Work that several processes do together: an error in one of them ends all within seconds.
+
+    JAX would have the process wait for the others at its exit, and abort when they do not come; they
+    cannot, for they wait for this one in the middle of a step. So it leaves without them: then they fail.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            lost = isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error)
+            atexit.register(_leave, 2 if lost or isinstance(error, ValueError | OSError) else 1)
+            if lost:
+                raise ValueError(
+                    f"process {jax.process_index()} of {jax.process_count()}: another process has ended "
+                    f"({_line(error)[:120]}); its log says why; run again to resume"
+                ) from error
+        raise
+
+
+def _leave(code: int) -> None:
+    if is_primary():  # the others lose their coordinator when it goes
+        time.sleep(FAREWELL_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _broadcast(value: Any) -> Any:

@@ -60,7 +60,7 @@ def run_stage(
     else:
         expect_one_process(name)
     workdir = Path(workdir)
-    with contextlib.ExitStack() as held:
+    with sharding.failing_together(), contextlib.ExitStack() as held:
         wanted = sharding.on_primary(lambda: _record(name, cfg, inputs))
         done = sharding.on_primary(lambda: _begin(workdir, wanted, held))
         if done is not None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from nemojax import stage
+from nemojax.arch import load_arch, uniform
 from nemojax.config import field
+from nemojax.data.tokenizer import train_tokenizer
 from nemojax.stage import CONFIG, DONE, OtherRun, fingerprint, locked, read_done, run_stage, write_json
 
 
@@ -194,3 +197,82 @@ def test_a_broken_config_is_named(tmp_path):
     (tmp_path / "half").write_text("")
     with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
         run_stage("sft", Config(), tmp_path, [], Body())
+
+
+@pytest.mark.parametrize("key", ["config", "inputs", "fingerprint"])
+@pytest.mark.parametrize("value", [None, 7])
+def test_a_config_without_its_parts_is_named(tmp_path, key, value):
+    run_stage("sft", Config(), tmp_path, [], Body())
+    write_json(tmp_path / CONFIG, json.loads((tmp_path / CONFIG).read_text()) | {key: value})
+    for cfg in (Config(), Config(steps=4)):
+        with pytest.raises(ValueError, match=rf"config\.json: expected {key}, got {value}; restore it"):
+            run_stage("sft", cfg, tmp_path, [], Body())
+
+
+def test_a_done_without_its_fingerprint_is_named(tmp_path):
+    run_stage("sft", Config(), tmp_path, [], Body())
+    write_json(tmp_path / DONE, ["sft"])
+    with pytest.raises(ValueError, match="DONE: expected a fingerprint, got none; delete the file"):
+        run_stage("sft", Config(), tmp_path, [], Body())
+    (tmp_path / DONE).unlink()
+    assert run_stage("sft", Config(), tmp_path, [], Body())["loss"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"NEMOJAX_NUM_PROCESSES": "2", "NEMOJAX_COORDINATOR": "host:1", "NEMOJAX_PROCESS_ID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+    ],
+)
+def test_what_does_not_split_refuses_several_processes(tmp_path, monkeypatch, env):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"^compress: expected one process, got several; .* start one$"):
+        run_stage("compress", Config(), tmp_path / "run", [], Body())
+    assert not (tmp_path / "run").exists()
+
+
+def small_arch(vocab_size: int = 16):
+    return uniform(
+        vocab_size=vocab_size, dim=8, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=8, context=16
+    )
+
+
+def test_an_artifact_starts_whole_or_keeps_the_old_arch(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["some text"], 280, tmp_path / "tokenizer")
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    stage.start_artifact(artifact, small_arch(), tokenizer.path)
+    assert load_arch(artifact / "arch.json") == small_arch()
+    assert (artifact / "tokenizer" / "tokenizer.json").is_file()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        stage.start_artifact(artifact, small_arch(32), tokenizer.path)
+    assert load_arch(artifact / "arch.json") == small_arch()
+    assert sorted(p.name for p in artifact.iterdir()) == ["arch.json", "tokenizer"]
+
+
+def test_a_checkpoint_without_its_place_in_the_data_is_not_resumed(tmp_path):
+    import jax
+
+    from nemojax.checkpoints.artifact import Checkpoints
+    from nemojax.model import llama
+    from nemojax.optim import OptimConfig, make_optimizer
+    from nemojax.train import _restore, _to_save, init_state
+
+    arch = small_arch()
+    tx = make_optimizer(OptimConfig(), 4)
+    state = init_state(llama.init_params(arch, jax.random.key(0)), tx, jax.random.key(1))
+    checkpoints = Checkpoints(tmp_path, arch=arch)
+    checkpoints.save(3, *_to_save(state))
+    checkpoints.wait()
+    with pytest.raises(
+        ValueError, match="checkpoint 3: expected the position in the data, got none; .*choose"
+    ):
+        _restore(checkpoints, state, None)
+    checkpoints.close()
