@@ -262,8 +262,8 @@ def test_an_error_in_one_ends_all(recipes, tmp_path, broken):
     assert codes[broken] == 2 and "nemojax: row 3: broken" in run.logs[broken].read_text(), run.text()
     if broken == 1:
         assert codes[0] == 2 and "process 0 of 2: another process has ended (" in run.text()
-    else:  # the others lose their coordinator with it, which JAX answers with an abort
-        assert codes[1] == -signal.SIGABRT, run.text()
+    else:  # it is the coordinator too: JAX aborts the others, unless they notice the broken step first
+        assert codes[1] in (2, -signal.SIGABRT), run.text()
     assert not (tmp_path / "run" / "DONE").exists()
 
 
