@@ -4,6 +4,8 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${NEMOJAX_VENV:-.venv}"
+# memory in large pages, which the command line sets for itself
+export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}"
 
 prepare() {
   local name="$1" python="${PYTHON:-python3}"

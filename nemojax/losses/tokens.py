@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nemojax.backends.matmul import matmul
+
 
 def logits_of(x_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
     """Output projection in the dtype of x, accumulated and returned in f32."""
-    return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    return matmul("BTD,VD->BTV", x_BTD, w_VD.astype(x_BTD.dtype), jnp.float32)
 
 
 def over_chunks(fn: Callable[..., Any], chunk: int, *arrays: jax.Array) -> Any:

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from nemojax.arch import ArchSpec, Attention
 from nemojax.model import rope
 
+QUERY_BLOCKS = 4
+SPLIT_LENGTH = 128  # below, a block is too small to be worth a program of its own
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -36,15 +39,28 @@ def make_context(arch: ArchSpec, positions_BT: jax.Array, segments_BT: jax.Array
 def attend_packed(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context, spec: Attention
 ) -> jax.Array:
-    """Causal attention inside each document of a packed row; returns [B, T, N, H]."""
+    """Causal attention inside each document of a packed row; returns [B, T, N, H].
+
+    Long rows go through in blocks of queries, each with only the keys that it may see: of 4 blocks the
+    scores take 5/8 of the work and at most a quarter of the memory at once.
+    """
     length = q_BTNH.shape[1]
-    # index order equals position order inside a document, and costs no comparison per batch row
-    index = jnp.arange(length)
-    mask_TS = index[:, None] >= index[None, :]
-    if spec.window is not None:
-        mask_TS &= index[:, None] - index[None, :] < spec.window
-    mask_BTS = mask_TS & (ctx.segments_BT[:, :, None] == ctx.segments_BT[:, None, :])
-    return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+    size = -(-length // QUERY_BLOCKS) if length >= SPLIT_LENGTH else length
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = 0 if spec.window is None else max(0, start - spec.window + 1)
+        # index order equals position order inside a document, and costs no comparison per batch row
+        back_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        mask_TS = back_TS >= 0
+        if spec.window is not None:
+            mask_TS &= back_TS < spec.window
+        same_BTS = ctx.segments_BT[:, start:stop, None] == ctx.segments_BT[:, None, first:stop]
+        keys = slice(first, stop)
+        blocks.append(
+            masked_attention(q_BTNH[:, start:stop], k_BTKH[:, keys], v_BTKH[:, keys], mask_TS & same_BTS)
+        )
+    return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
 
 def attend_cached(

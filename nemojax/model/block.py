@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU, block_shapes
+from nemojax.backends.matmul import matmul
 from nemojax.model.attention import Context, attend_cached, attend_packed
 from nemojax.model.rope import rotate
 from nemojax.sharding import constrain
@@ -76,9 +77,9 @@ class AttentionBlock(SubBlock):
     ) -> jax.Array:
         """Per-head outputs before the output projection, [B, T, N, H]."""
         x = self.normed(arch, x_BTD)
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x, self.weight("q", x.dtype))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x, self.weight("k", x.dtype))
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x, self.weight("v", x.dtype))
+        q_BTNH = matmul("BTD,DNH->BTNH", x, self.weight("q", x.dtype))
+        k_BTKH = matmul("BTD,DKH->BTKH", x, self.weight("k", x.dtype))
+        v_BTKH = matmul("BTD,DKH->BTKH", x, self.weight("v", x.dtype))
         q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
         q_BTNH = rotate(q_BTNH, ctx.cos_BTP, ctx.sin_BTP)
         k_BTKH = rotate(k_BTKH, ctx.cos_BTP, ctx.sin_BTP)
@@ -88,25 +89,25 @@ class AttentionBlock(SubBlock):
         return attend_cached(q_BTNH, k_BSKH.astype(x.dtype), v_BSKH.astype(x.dtype), ctx, spec)
 
     def project(self, heads_BTNH: jax.Array) -> jax.Array:
-        return jnp.einsum("BTNH,NHD->BTD", heads_BTNH, self.weight("o", heads_BTNH.dtype))
+        return matmul("BTNH,NHD->BTD", heads_BTNH, self.weight("o", heads_BTNH.dtype))
 
 
 class SwiGLUBlock(SubBlock):
     def mix(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
         """Channel activations before the down projection, [B, T, F]."""
         x = self.normed(arch, x_BTD)
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x, self.weight("gate", x.dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x, self.weight("up", x.dtype))
+        gate_BTF = matmul("BTD,DF->BTF", x, self.weight("gate", x.dtype))
+        up_BTF = matmul("BTD,DF->BTF", x, self.weight("up", x.dtype))
         return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", None, "mlp")
 
     def project(self, act_BTF: jax.Array) -> jax.Array:
-        return jnp.einsum("BTF,FD->BTD", act_BTF, self.weight("down", act_BTF.dtype))
+        return matmul("BTF,FD->BTD", act_BTF, self.weight("down", act_BTF.dtype))
 
 
 class LinearBlock(SubBlock):
     def __call__(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
         x = self.normed(arch, x_BTD)
-        return jnp.einsum("BTD,DE->BTE", x, self.weight("linear", x.dtype))
+        return matmul("BTD,DE->BTE", x, self.weight("linear", x.dtype))
 
 
 class Block(nnx.Module):

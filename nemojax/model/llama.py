@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Run
+from nemojax.backends.matmul import matmul
 from nemojax.config import field
 from nemojax.model.attention import Context, make_context
 from nemojax.model.block import apply_block, block_axes, init_block, rms_norm
@@ -107,7 +108,7 @@ def head(params: Mapping[str, Any], arch: ArchSpec, h_BTD: jax.Array) -> jax.Arr
     """Final norm and output projection: logits [B, T, V] in f32."""
     x_BTD = final_norm(params, arch, h_BTD)
     w_VD = head_weight(params).astype(x_BTD.dtype)
-    return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
+    return matmul("BTD,VD->BTV", x_BTD, w_VD, jnp.float32)
 
 
 def apply_blocks(

@@ -1,0 +1,46 @@
+"""Products with weights agree with einsum, forwards and backwards, in every form that the model uses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nemojax.backends.matmul import matmul
+
+SIZES = dict(B=2, T=3, D=8, N=2, K=2, H=4, F=6, E=8, V=10)
+FORMS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD", "BTD,DE->BTE", "BTD,VD->BTV"]
+
+
+def operands(form: str, dtype=jnp.float32) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    dims = form.replace("->", ",").split(",")
+    return [jnp.asarray(rng.normal(size=[SIZES[d] for d in part]), dtype) for part in dims]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_value_and_gradients_are_those_of_einsum(form):
+    x, w, g = operands(form)
+
+    def through(product):
+        value, back = jax.vjp(lambda x, w: product(form, x, w), x, w)
+        return value, *back(g)
+
+    for got, expected in zip(through(matmul), through(jnp.einsum), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_operands_accumulate_in_the_dtype_asked_for():
+    x, w, g = operands("BTD,VD->BTV", jnp.bfloat16)
+    value, back = jax.vjp(lambda x, w: matmul("BTD,VD->BTV", x, w, jnp.float32), x, w)
+    exact = np.einsum("BTD,VD->BTV", np.asarray(x, np.float32), np.asarray(w, np.float32))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
+    dx, dw = back(g.astype(jnp.float32))
+    assert dx.dtype == dw.dtype == jnp.bfloat16
+
+
+def test_it_batches_over_stacked_weights():
+    x, w, _ = operands("BTD,DF->BTF")
+    stacked = jnp.stack([w, 2 * w])
+    out = jax.vmap(lambda w: matmul("BTD,DF->BTF", x, w))(stacked)
+    np.testing.assert_allclose(out[1], 2 * out[0], rtol=1e-6)
