@@ -111,7 +111,7 @@ def compression(small: bool, seed: int) -> dict:
 
 def tuning(small: bool, seed: int) -> dict:
     easy = {"name": EASY, "num": 200 if small else 6000, "seed": seed}
-    hard = {"name": HARD, "num": 200 if small else 2000, "seed": seed, "weight": 0.3}
+    hard = {"name": HARD, "num": 200 if small else 300, "seed": seed, "weight": 0.1}
     rows = {"length": 128, "batch_size": 16, "long": "drop", "seed": seed}
     sampling = {"top_p_on": 1.0, "max_new_tokens": 80}
     sft = {
@@ -124,10 +124,10 @@ def tuning(small: bool, seed: int) -> dict:
     rl = {
         "model": "@sft",
         "problems": {"families": [HARD], "count": 200 if small else 4000, "split": "train", "seed": seed},
-        "validation": {"problems": heldout(small, seed, HARD), "thinking": "on"} | sampling,
-        "rollout": {"thinking": "on", "max_new_tokens": 80}
+        "validation": {"problems": heldout(small, seed, HARD), "thinking": "both"} | sampling,
+        "rollout": {"thinking": "both", "max_new_tokens": 80}
         | {"num_prompts_per_step": 16, "num_generations_per_prompt": 8},
-        "optim": {"lr": 2e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 6},
+        "optim": {"lr": 4e-4, "schedule": "constant", "weight_decay": 0.0, "warmup_steps": 6},
         "fit": {"steps": steps(60, small), "log_every": 1},
         "seed": seed,
     }
