@@ -20,7 +20,7 @@ prepare() {
   local stamp="$VENV/.installed-$name" wanted
   wanted="$(cat pyproject.toml constraints*.txt | cksum) $*"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    "$VENV/bin/python" -m pip install --quiet -c "${CONSTRAINTS:-constraints.txt}" "$@"
+    "$VENV/bin/python" -m pip install --quiet -c "${CONSTRAINTS:-constraints.txt}" "$@" || return
     echo "$wanted" > "$stamp"
   fi
 }

@@ -18,6 +18,10 @@ if [ -n "$ALL" ]; then
   export NEMOJAX_TRANSFORMERS4="$PWD/.venv-transformers4/bin/python"
   VENV=.venv-transformers4 CONSTRAINTS=constraints-transformers4.txt prepare transformers4 torch transformers \
     ${NEMOJAX_TORCH_INDEX:+--extra-index-url "$NEMOJAX_TORCH_INDEX"}
+  # TPU programs are compiled by libtpu, which jax would try to start wherever it finds it: kept aside
+  if prepare libtpu --target .venv-libtpu --upgrade --no-deps libtpu; then
+    export NEMOJAX_LIBTPU="$PWD/.venv-libtpu"
+  fi
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 

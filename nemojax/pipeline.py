@@ -76,6 +76,7 @@ def run(steps: Sequence[Step], workdir: str | os.PathLike, select: Selection = S
     A stage that is done is skipped, a half-done one resumed; one whose configuration or inputs have changed
     is moved to `replaced/` and run afresh. An error names its stage.
     """
+    stage.expect_one_process("run")
     root = Path(os.path.abspath(workdir))
     chosen = _chosen(steps, select)
     for step in steps:  # every configuration is checked before the first stage starts

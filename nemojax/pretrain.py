@@ -71,12 +71,13 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
         raise ValueError(
             f"data.length: expected at most the model's context {arch.context}, got {cfg.data.length}"
         )
-    start_artifact(workdir, arch, tokenizer.path)
     heldout = heldout_batches(cfg.data, tokenizer)
+    batches = train_batches(cfg.data, tokenizer, jax.process_index(), jax.process_count())
+    start_artifact(workdir, arch, tokenizer.path)  # nothing is written before the data are known to be good
     params = fit(
         params,
         lm_loss(arch, cfg.compute, chunk=cfg.loss_chunk, z_loss=cfg.z_loss),
-        train_batches(cfg.data, tokenizer, jax.process_index(), jax.process_count()),
+        batches,
         arch=arch,
         optim=cfg.optim,
         cfg=cfg.fit,

@@ -96,7 +96,6 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
     check_names([source.label for source in cfg.data.heldout], "data.heldout")
     if cfg.data.length > arch.context:
         raise ValueError(f"data.length: expected at most the context {arch.context}, got {cfg.data.length}")
-    start_artifact(workdir, arch, tokenizer.path)
     made = {source.label: _examples(source, cfg.data, tokenizer) for source in cfg.data.sources}
     batches = make_loader(
         [examples for examples, _ in made.values()],
@@ -110,6 +109,7 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
         process_count=jax.process_count(),
     )
     heldout = _heldout(cfg.data, tokenizer)
+    start_artifact(workdir, arch, tokenizer.path)  # nothing is written before the data are known to be good
     params = fit(
         params,
         lm_loss(arch, cfg.compute, chunk=cfg.loss_chunk),

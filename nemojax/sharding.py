@@ -263,6 +263,28 @@ def shardings_of(logical: Mapping[str, Any], abstract: Mapping[str, Any], mesh: 
     return jax.tree_util.tree_map_with_path(one, logical, abstract, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def shardings_like(tree: Any, params: Any) -> Any:
+    """A sharding for every leaf of a tree that repeats parameters, such as an optimiser state.
+
+    A leaf goes where the parameter does whose path ends its own and whose shape it has, any other leaf to
+    all devices. None where the parameters are on no mesh.
+    """
+    placed = {
+        path: leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if isinstance(leaf.sharding, NamedSharding)
+    }
+    if not placed:
+        return None
+    replicated = NamedSharding(next(iter(placed.values())).sharding.mesh, PartitionSpec())
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        ends = (placed.get(path[i:]) for i in range(len(path)))
+        return next((p.sharding for p in ends if p is not None and p.shape == leaf.shape), replicated)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """A sharding constraint on an activation under the mesh in scope; nothing without a mesh.
 

@@ -159,6 +159,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         keys = [
             f"input {p}" for i, (p, d) in enumerate(wanted["inputs"].items()) if [d] != digests[i : i + 1]
         ]
+        keys += [f"input {p}" for p in list(stored["inputs"])[len(wanted["inputs"]) :]]
     return keys
 
 

@@ -30,7 +30,7 @@ from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import is_primary, place_batch, use_mesh
+from nemojax.sharding import is_primary, place_batch, shardings_like, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -93,7 +93,8 @@ def init_state(
     params: Params, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False
 ) -> TrainState:
     """The state before the first step; optimiser moments take the sharding of their parameters."""
-    opt_state = jax.jit(tx.init)(params)
+    places = shardings_like(jax.eval_shape(tx.init, params), params)
+    opt_state = jax.jit(tx.init, out_shardings=places)(params)
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, copy, key, jnp.zeros((), jnp.int32))
 
@@ -239,7 +240,9 @@ class _Loop:
         if hasattr(self.batches, "bind"):  # RL: batches are sampled from the current weights
             self.batches.bind(lambda: self.state.params)
         step_fn = jax.jit(
-            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay), donate_argnums=0
+            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay),
+            donate_argnums=0,
+            out_shardings=(self._places(), None),
         )
         log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()
         log.truncate(first)
@@ -268,6 +271,11 @@ class _Loop:
             self.checkpoints.close()
             log.close()
         return self.state.ema if self.state.ema is not None else self.state.params
+
+    def _places(self) -> Any:
+        """The state stays where it is: left to choose, XLA moves it, and compiles the step once more."""
+        on_mesh = self.mesh is not None and self.mesh.size > 1
+        return jax.tree.map(lambda x: x.sharding, self.state) if on_mesh else None
 
     def _is_due(self, step: int, preempted: bool) -> bool:
         every = (self.cfg.checkpoint_every, self.cfg.eval_every)

@@ -182,7 +182,7 @@ def test_a_chat_longer_than_the_context(toys, tmp_path):
     )
     line = refusal(done, "expected at most", "tokens, got", "shorten it")
     assert re.search(r"chats\.jsonl\D+(1|2): ", line), line  # which one
-    assert not (tmp_path / "run" / "DONE").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert nothing_made(tmp_path / "run")
 
 
 def test_a_row_longer_than_the_context(toys, tmp_path):
@@ -195,7 +195,7 @@ def test_a_row_longer_than_the_context(toys, tmp_path):
 def test_a_prompt_longer_than_the_context(toys, tmp_path):
     done = nemojax("rl", f"--workdir={tmp_path / 'run'}", f"--config.model={toys / 'artifact'}")
     refusal(done, "prompt", f"expected at most {CONTEXT - 1} tokens, got ")
-    assert not (tmp_path / "run" / "DONE").exists()
+    assert nothing_made(tmp_path / "run")
 
 
 def test_a_tokenizer_with_more_ids_than_the_vocabulary(toys, tmp_path):
@@ -259,7 +259,7 @@ def test_an_infeasible_budget(toys, tmp_path):
         "kv_mib min 1 (most possible with the others held: 0.5)",
         "relax one",
     )
-    assert not (tmp_path / "run" / "DONE").exists() and not (tmp_path / "run" / "arch.json").exists()
+    assert nothing_made(tmp_path / "run")  # counted costs are checked before anything is trained
 
 
 # Slow: training, a second process, and file systems of a few pages.

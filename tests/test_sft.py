@@ -64,7 +64,7 @@ def test_it_trains_on_problems_and_on_files(model, tmp_path, caplog):
     many = chats(tmp_path / "many.jsonl", 100)
     sources = [{"name": "sort3", "num": 20}, {"path": str(path), "heldout_share": 0.0}, many]
     result = sft.run(config(model, sources), tmp_path / "run")
-    assert "few.jsonl: skipped 1 blank lines" in caplog.text
+    assert "few.jsonl: skipped 1 blank line" in caplog.text
     heldout = 200 - result["conversations"]["many"]
     assert 0 < heldout < 20 and heldout % 2 == 0  # both answers to a question fall on one side
     assert result["conversations"] == {"sort3": 40, str(path): 2, "many": 200 - heldout}

@@ -118,6 +118,9 @@ def test_changed_inputs_are_named(tmp_path):
     run_stage("pretrain", Config(steps=9), parent, [], Body())
     with pytest.raises(OtherRun, match=f"differs in input {parent}"):
         run_stage("sft", cfg, child, [parent], Body())
+    run_stage("sft", Config(), tmp_path / "two", [parent, tmp_path / "child"], Body())
+    with pytest.raises(OtherRun, match=f"differs in input {child}"):
+        run_stage("sft", Config(), tmp_path / "two", [parent], Body())
 
 
 def test_a_moved_pipeline_stays_the_same(tmp_path, monkeypatch):

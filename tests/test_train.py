@@ -16,6 +16,7 @@ from nemojax.arch import uniform
 from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.model import llama
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
+from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.train import FitConfig, Preempted, fit, flops_per_token, init_state, lm_loss, make_step
 
 ARCH = uniform(vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=32, context=16)
@@ -228,3 +229,22 @@ def test_flops_are_six_for_each_weight_plus_causal_attention():
     attention = 2 * 6 * ARCH.num_heads * ARCH.head_dim * length  # QK and PV, half of them masked
     expected = 6 * (ARCH.num_block_params() + 32 * 16) + attention
     assert flops_per_token(ARCH, length) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_on_a_mesh_the_optimiser_lies_with_its_parameters_and_a_step_compiles_once(name):
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with use_mesh(mesh):
+        init = jax.jit(
+            lambda key: llama.init_params(ARCH, key), out_shardings=llama.param_shardings(ARCH, mesh)
+        )
+        tx = make_optimizer(dataclasses.replace(OPTIM, name=name), 10)
+        state = init_state(init(jax.random.key(0)), tx, jax.random.key(1), ema=True)
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+        assert moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
+        places = jax.tree.map(lambda x: x.sharding, state)
+        step = jax.jit(make_step(lm_loss(ARCH), tx, ema_decay=0.9), out_shardings=(places, None))
+        batches = RandomBatches()
+        for _ in range(3):
+            state, _ = step(state, None, place_batch(next(batches), mesh))
+        assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -224,8 +224,8 @@ def save_params(
     _write_text(artifact / "arch.json", arch.dumps())
     if tokenizer_dir is not None and Path(tokenizer_dir).absolute() != artifact / "tokenizer":
         shutil.copytree(tokenizer_dir, artifact / "tokenizer", dirs_exist_ok=True)
-    if step in finished_steps(artifact):
-        shutil.rmtree(artifact / "checkpoints" / str(step))
+    if (old := artifact / "checkpoints" / str(step)).exists():  # whole, or what a kill left of it
+        shutil.rmtree(old)
     checkpoints = Checkpoints(artifact, keep_last=1, arch=arch)
     checkpoints.save(step, params)
     checkpoints.close()

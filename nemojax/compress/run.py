@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
     if cfg.data.length > arch.context:
         raise ValueError(f"data.length: expected at most the context {arch.context}, got {cfg.data.length}")
     options = choices(cfg.space, arch)
+    _check_budget(cfg, arch, options)
     clock = Clock()
     with clock("data"):
         loader = train_batches(cfg.data, tokenizer)
@@ -137,6 +138,23 @@ def search(table: Table, budget: Budget, max_seconds: float = 60.0) -> Solution:
     return solve(table, maximum=bounds, minimum=budget.minimum, max_seconds=max_seconds)[0]
 
 
+def _check_budget(cfg: Config, arch: ArchSpec, options: Sequence[Sequence[BlockSpec]]) -> None:
+    """Refuses at once, before hours of training, bounds on counted costs that no child can keep."""
+    unscored = [[0.0] * len(row) for row in options]
+    table = _costed(arch, options, unscored, replace(cfg.cost, timings=()))
+    known = table.layers[0][0].keys() if table.layers else ()
+
+    def counted(bounds: Mapping[str, float]) -> dict[str, float]:
+        return {name: bound for name, bound in bounds.items() if name in known}
+
+    budget = cfg.budget
+    search(
+        table,
+        Budget(counted(budget.ratio), counted(budget.maximum), counted(budget.minimum)),
+        cfg.max_seconds,
+    )
+
+
 def _importance(cfg: Config, params: dict, arch: ArchSpec, batches: list[dict], path: Path) -> Importance:
     if path.is_file():
         return importance.load(path)
@@ -174,7 +192,16 @@ def _table(
     stored = read_json(path)
     if stored:
         return Table.from_json(stored)
-    costs = block_costs(arch, options, cfg.cost)
+    table = _costed(arch, options, scores, cfg.cost)
+    sources = {"score": f"{cfg.scoring.metric}, nats a token, replace one block", **provenance(cfg.cost)}
+    write_json(path, {**table.to_json(), "provenance": sources})
+    return table
+
+
+def _costed(
+    arch: ArchSpec, options: Sequence[Sequence[BlockSpec]], scores: list[list[float]], cost: CostConfig
+) -> Table:
+    costs = block_costs(arch, options, cost)
     layers = tuple(
         tuple(
             {"name": f"{describe(o.attn)}+{describe(o.ffn)}", "score": s, **costs[o]}
@@ -182,10 +209,7 @@ def _table(
         )
         for row, values in zip(options, scores, strict=True)
     )
-    table = Table(layers, fixed_costs(arch, cfg.cost))
-    sources = {"score": f"{cfg.scoring.metric}, nats a token, replace one block", **provenance(cfg.cost)}
-    write_json(path, {**table.to_json(), "provenance": sources})
-    return table
+    return Table(layers, fixed_costs(arch, cost))
 
 
 def _write_solution(workdir: Path, table: Table, solution: Solution, text: str) -> None:

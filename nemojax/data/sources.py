@@ -170,7 +170,7 @@ def _jsonl_rows(files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
                 continue
             rows.append((f"{path}:{number}", _json_object(line, f"{path}:{number}")))
         if blank:
-            log.warning("%s: skipped %d blank lines", path, blank)
+            log.warning("%s: skipped %d blank line%s", path, blank, "s"[: blank > 1])
     return rows
 
 

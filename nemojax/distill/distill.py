@@ -49,20 +49,21 @@ def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
     teacher_arch, teacher = load_model(cfg.teacher, mesh)
     check_vocab(tokenizer, arch)
     loss_fn = distill_loss(arch, teacher_arch, cfg.loss, cfg.compute, cfg.loss_chunk)
-    start_artifact(workdir, arch, tokenizer.path)
     heldout = heldout_batches(cfg.data, tokenizer)
     if not heldout:
         raise ValueError(
             "data.heldout: expected held-out texts, got none as every heldout_share is 0; name files in "
             "data.heldout, or set a heldout_share"
         )
+    batches = train_batches(cfg.data, tokenizer, jax.process_index(), jax.process_count())
+    start_artifact(workdir, arch, tokenizer.path)  # nothing is written before the data are known to be good
     before = heldout_loss(params, arch, heldout, compute=cfg.compute)
     of_teacher = heldout_loss(teacher, teacher_arch, heldout, compute=cfg.compute)
     needs_teacher = cfg.loss.kl or cfg.loss.cosine
     params = fit(
         params,
         loss_fn,
-        train_batches(cfg.data, tokenizer, jax.process_index(), jax.process_count()),
+        batches,
         arch=arch,
         optim=cfg.optim,
         cfg=cfg.fit,

@@ -78,13 +78,13 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model)
     arch, params = load_model(cfg.model, mesh)
     check_vocab(tokenizer, arch)
-    start_artifact(workdir, arch, tokenizer.path)
+    batches = Rollouts(cfg, arch, tokenizer, params, mesh, workdir)
+    start_artifact(workdir, arch, tokenizer.path)  # nothing is written before the problems are known to fit
 
     def validate(weights: Params) -> list[Record]:
         return ask_all(weights, arch, tokenizer, cfg.validation, compute=cfg.compute, mesh=mesh)
 
     before = _kept(workdir / "validation_start.jsonl", lambda: validate(params))
-    batches = Rollouts(cfg, arch, tokenizer, params, mesh, workdir)
     params = fit(
         params,
         grpo_loss(arch, cfg.loss, temperature=cfg.rollout.temperature, compute=cfg.compute),

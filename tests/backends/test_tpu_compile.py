@@ -6,6 +6,7 @@ What the compiler says about memory and communication is what a pod would see; n
 
 import importlib.util
 import math
+import os
 import re
 from typing import Any
 
@@ -24,10 +25,12 @@ from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
 from nemojax.train import TrainState, lm_loss, make_step
 
+LIBTPU = os.environ.get("NEMOJAX_LIBTPU")  # a directory of its own, as `launch/test.sh --all` makes it
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not importlib.util.find_spec("libtpu"), reason="libtpu is not installed (200 MB; the extra `tpu`)"
+        not (LIBTPU or importlib.util.find_spec("libtpu")),
+        reason="libtpu is not installed (200 MB; the extra `tpu`)",
     ),
 ]
 FULL = BlockSpec(Attention(4), SwiGLU(1024))
@@ -53,6 +56,8 @@ ROWS, LENGTH, CAPACITY = 8, 256, 1024
 def mesh():
     """Four v5e chips: fsdp=2, tensor=2."""
     with pytest.MonkeyPatch.context() as patch:
+        if LIBTPU:
+            patch.setenv("TPU_LIBRARY_PATH", f"{LIBTPU}/libtpu/libtpu.so")
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,13 @@ def test_tokenizer_travels(tmp_path):
     assert load_tokenizer(tmp_path / "a").convert_tokens_to_ids("<|eot_id|>") == 1
     with pytest.raises(ValueError, match="expected tokenizer.json, got none"):
         load_tokenizer(tmp_path)
+
+
+def test_an_artifact_is_saved_again_over_what_a_kill_left(tmp_path):
+    save_params(tmp_path, MIXED, random_params(MIXED))
+    shutil.rmtree(tmp_path / "checkpoints" / "0" / "params")
+    save_params(tmp_path, MIXED, random_params(MIXED))
+    assert finished_steps(tmp_path) == [0]
 
 
 KILLED = """
