@@ -20,10 +20,11 @@ from nemojax.commands import EXIT_PREEMPTED, STAGES, Parser, split_overrides, su
 # command -> (module, function, summary). The function takes the remaining arguments.
 OTHERS = {
     "import": ("nemojax.checkpoints.commands", "import_command", "HF directory or hub name -> artifact"),
+    "generate": ("nemojax.generate.commands", "generate_command", "answer a prompt, or a file of prompts"),
     "export": ("nemojax.checkpoints.commands", "export_command", "artifact -> HF directory"),
     "run": ("nemojax.pipeline", "command", "run a whole pipeline of stages"),
 }
-ORDER = ("import", *STAGES, "export", "run")
+ORDER = ("import", *STAGES, "generate", "export", "run")
 
 STAGE_USAGE = "nemojax {} [--config=FILE.py] --workdir=DIR [--config.a.b=value ...]"
 EPILOG = """\

@@ -205,6 +205,30 @@ def test_a_tokenizer_with_more_ids_than_the_vocabulary(toys, tmp_path):
     assert nothing_made(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("model", "row", "out", "parts"),
+    [
+        ("artifact", '{"prompt": "cut o', "out.jsonl", [":2: expected one JSON object a line", "repair"]),
+        ("artifact", '{"promt": "words"}', "out.jsonl", [":2: promt: unknown field", "'prompt'"]),
+        (
+            "artifact",
+            '{"messages": [{"role": "user", "content": "why?"}]}',
+            "out.jsonl",
+            [":2: expected at most 35"],
+        ),
+        ("artifact", '{"prompt": "words"}', "prompts.jsonl", ["another file than the prompts"]),
+        ("hf", '{"prompt": "words"}', "out.jsonl", ["expected checkpoints/<step>, got none"]),
+    ],
+    ids=["malformed", "unknown-field", "too-long", "same-file", "no-artifact"],
+)
+def test_a_file_of_prompts(toys, tmp_path, model, row, out, parts):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "words"}\n' + row + "\n")
+    before = contents(tmp_path)
+    refusal(nemojax("generate", toys / model, f"--prompts={prompts}", f"--out={tmp_path / out}"), *parts)
+    assert contents(tmp_path) == before
+
+
 @pytest.fixture(scope="module")
 def finished(toys, tmp_path_factory) -> tuple[list[str], Path]:
     """The arguments of a small stage, and its finished work directory."""
@@ -343,3 +367,24 @@ def test_a_full_disk_while_training(toys, small_disk):
     small_disk("16m")
     done = nemojax(*pretrain(toys, disk / "run", *fit))
     assert done.returncode == 0 and (disk / "run" / "DONE").exists(), done.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_generating(toys, small_disk, tmp_path):
+    """With more room the output goes on to what it is where there was always enough."""
+    prompts = jsonl(tmp_path / "prompts.jsonl", *({"prompt": f"{i} words"} for i in range(60)))
+    disk = small_disk("20k")
+
+    def generate(out: Path) -> subprocess.CompletedProcess[str]:
+        return nemojax(
+            "generate", toys / "artifact", f"--prompts={prompts}", f"--out={out}", "--config.chunk=8", "--n=2"
+        )
+
+    refusal(generate(disk / "out.jsonl"), "disk full", f"{disk}/out.jsonl", "free some space and run again")
+    size = (disk / "out.jsonl").stat().st_size
+    small_disk("16m")
+    done = generate(disk / "out.jsonl")
+    assert done.returncode == 0 and "rows_before=0" not in done.stdout, done.stdout
+    assert generate(tmp_path / "whole.jsonl").returncode == 0
+    assert (disk / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert 0 < size < (tmp_path / "whole.jsonl").stat().st_size

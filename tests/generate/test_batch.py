@@ -1,0 +1,382 @@
+"""Files of prompts: what is asked, what is written, and that an interruption does not show."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from nemojax import cli
+from nemojax.arch import uniform
+from nemojax.checkpoints.artifact import load_model, save_params
+from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
+from nemojax.generate import batch
+from nemojax.generate.batch import GenerateConfig
+from nemojax.generate.engine import Completion, generate
+from nemojax.generate.sampling import SamplingConfig
+from nemojax.model.llama import init_params
+from nemojax.sharding import make_mesh
+
+CONTEXT = 128
+CONFIG = GenerateConfig(SamplingConfig(max_new_tokens=8), n=2, seed=3, logprobs=True, chunk=3, max_batch=8)
+CHAT = [{"role": "user", "content": "two and two"}]
+ROWS = [
+    {"prompt": "one and"},
+    {"id": "second", "messages": CHAT},
+    {"messages": CHAT, "thinking": True},
+    {"prompt": "to", "temperature": 0, "max_new_tokens": 5},
+    {"messages": [{"role": "system", "content": "Be short."}, *CHAT], "thinking": False},
+    {"id": 70, "prompt": "", "top_k": 4, "repetition_penalty": 1.2},
+    {"messages": CHAT},
+]
+FLAGS = ["--n=2", "--seed=3", "--max_new_tokens=8", "--logprobs", "--config.chunk=3", "--config.max_batch=8"]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact")
+    tokenizer = train_tokenizer(["one and two make three " * 20], 280, folder / "tokenizer")
+    arch = uniform(
+        vocab_size=tokenizer.vocab_size,
+        dim=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        ffn_width=64,
+        context=CONTEXT,
+    )
+    params = jax.tree.map(lambda w: w * 1.5, init_params(arch, jax.random.key(0)))
+    return save_params(folder / "model", arch, params, tokenizer_dir=folder / "tokenizer")
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def whole(artifact, prompts) -> Path:
+    """The output of an uninterrupted run."""
+    out = prompts.parent / "whole.jsonl"
+    counts = batch.run(artifact, prompts, out, CONFIG, quiet=True)
+    tokens = sum(row["num_tokens"] for row in read(out))
+    assert counts == {"prompts": 7, "rows": 14, "rows_before": 0, "tokens": tokens}
+    return out
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def requests(artifact, rows, cfg=CONFIG) -> list[batch.Request]:
+    reader = batch._open_reader(artifact)
+    return [batch.make_request(reader, row, i, f"row {i}", cfg) for i, row in enumerate(rows, 1)]
+
+
+def test_what_is_asked(artifact):
+    """Raw text after BOS, a chat through the template; the row's toggle before the command's."""
+    tokenizer = load_tokenizer(artifact)
+    cfg = GenerateConfig(thinking="off")
+    asked = [tokenizer.decode(r.tokens, skip_special=False) for r in requests(artifact, ROWS, cfg)]
+    turn = (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\ntwo and two<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert asked == [
+        "<|begin_of_text|>one and",
+        turn.format("detailed thinking off"),
+        turn.format("detailed thinking on"),
+        "<|begin_of_text|>to",
+        turn.format("detailed thinking off\n\nBe short."),
+        "<|begin_of_text|>",
+        turn.format("detailed thinking off"),
+    ]
+    system = [{"messages": [{"role": "system", "content": "Be short."}, *CHAT]}]
+    for cfg, text in (
+        (GenerateConfig(), "Be short."),
+        (GenerateConfig(thinking="on"), "detailed thinking on\n\nBe short."),
+    ):
+        [request] = requests(artifact, system, cfg)
+        assert tokenizer.decode(request.tokens, skip_special=False) == turn.format(text)
+
+
+def test_rows_are_the_engines(artifact, whole):
+    """Each chunk is a call of the engine, with the rows' own settings and a key of its own."""
+    mesh = make_mesh(CONFIG.mesh)
+    arch, params = load_model(artifact, mesh)
+    tokenizer = load_tokenizer(artifact)
+    found = read(whole)
+    assert [(r["id"], r["sample"]) for r in found] == [
+        (name, sample) for name in (1, "second", 3, 4, 5, 70, 7) for sample in (0, 1)
+    ]
+    own = [SamplingConfig(max_new_tokens=8)] * 7
+    own[3] = SamplingConfig(temperature=0, max_new_tokens=5)
+    own[5] = SamplingConfig(top_k=4, repetition_penalty=1.2, max_new_tokens=8)
+    asked = requests(artifact, ROWS)
+    assert [r.sampling for r in asked] == own
+    for chunk, start in enumerate((0, 3, 6)):
+        part = [r for r in asked[start : start + 3] for _ in range(2)]
+        key = jax.random.fold_in(jax.random.key(3), chunk)
+        settings, tokens = [r.sampling for r in part], [r.tokens for r in part]
+        expected = generate(params, arch, tokens, key, settings, tokenizer.eos_ids, max_batch=8, mesh=mesh)
+        for request, row, completion in zip(part, found[2 * start :], expected, strict=False):
+            assert row["tokens"] == completion.tokens and row["num_tokens"] == len(completion.tokens)
+            assert row["logprobs"] == completion.logprobs
+            assert row["text"] == tokenizer.decode(completion.tokens)
+            assert row["finish_reason"] == ("stop" if completion.finished else "length")
+            assert row["prompt_tokens"] == len(request.tokens)
+    assert found[6]["tokens"] == found[7]["tokens"] and len(found[6]["tokens"]) <= 5  # greedy
+    assert found[0]["tokens"] != found[1]["tokens"]
+
+
+def test_reasoning_is_split_off(artifact, monkeypatch):
+    tokenizer = load_tokenizer(artifact)
+    said = tokenizer.encode("<think>two and\n two</think> three<|eot_id|>")
+    texts = [(said, True), (said[:4], False), (tokenizer.encode("three"), False)]
+    made = [Completion(t, [-1.0] * len(t), done) for t, done in texts]
+    monkeypatch.setattr(batch, "generate", lambda *_, **__: made)
+    rows = batch.answer(artifact, [{"messages": CHAT}], GenerateConfig(n=3))
+    assert [(r["reasoning"], r["answer"], r["finish_reason"]) for r in rows] == [
+        ("two and\n two", "three", "stop"),
+        (tokenizer.decode(said[1:4]).strip(), "", "length"),
+        (None, "three", "length"),
+    ]
+    assert rows[0]["text"] == "<think>two and\n two</think> three" and "tokens" not in rows[0]
+
+
+@pytest.mark.parametrize(
+    "cut", ["nothing", "a line", "half a line", "a chunk", "a chunk and more", "the last byte"]
+)
+def test_a_cut_does_not_show(artifact, prompts, whole, tmp_path, cut):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept, before = {
+        "nothing": (b"", 0),
+        "a line": (lines[0], 0),
+        "half a line": (lines[0][:20], 0),
+        "a chunk": (b"".join(lines[:6]), 6),
+        "a chunk and more": (b"".join(lines[:9]) + lines[9][:5], 6),
+        "the last byte": (whole.read_bytes()[:-1], 12),
+    }[cut]
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(kept)
+    batch._sidecar(out).write_bytes(batch._sidecar(whole).read_bytes())
+    counts = batch.run(artifact, prompts, out, CONFIG, quiet=True)
+    assert counts["rows_before"] == before and counts["tokens"] > 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert batch._sidecar(out).read_bytes() == batch._sidecar(whole).read_bytes()
+
+
+def test_a_finished_file_is_left_alone(artifact, prompts, whole, monkeypatch):
+    monkeypatch.setattr(batch, "load_model", lambda *_: pytest.fail("nothing is left to do"))
+    before = whole.stat()
+    counts = batch.run(artifact, prompts, whole, CONFIG, quiet=True)
+    assert counts == {"prompts": 7, "rows": 14, "rows_before": 14, "tokens": 0}
+    assert whole.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_output_of_another_run(artifact, prompts, whole, tmp_path):
+    before = whole.read_bytes()
+    other = write(tmp_path / "prompts.jsonl", ROWS[:-1])
+    for source, cfg, differing in (
+        (prompts, GenerateConfig(), "config.chunk, config.logprobs, config.max_batch, config.n"),
+        (other, CONFIG, "differs in prompts;"),
+    ):
+        with pytest.raises(ValueError, match=f"the output of another run, .*{differing}.* choose another"):
+            batch.run(artifact, source, whole, cfg)
+    foreign = write(tmp_path / "mine.jsonl", [{"text": "precious"}])
+    with pytest.raises(ValueError, match=r"expected mine\.jsonl\.config\.json beside it, got none"):
+        batch.run(artifact, prompts, foreign, CONFIG)
+    moved = tmp_path / "moved.jsonl"
+    lines = whole.read_bytes().splitlines(keepends=True)
+    moved.write_bytes(lines[1] + lines[0])
+    batch._sidecar(moved).write_bytes(batch._sidecar(whole).read_bytes())
+    with pytest.raises(ValueError, match=r"moved\.jsonl:1: not the row that belongs there"):
+        batch.run(artifact, prompts, moved, CONFIG)
+    assert whole.read_bytes() == before and read(foreign) == [{"text": "precious"}]
+
+
+def test_one_writer_at_a_time(artifact, prompts, whole, tmp_path):
+    out = tmp_path / "out.jsonl"
+    record = json.loads(batch._sidecar(whole).read_text())
+    with batch._opened(out, record), pytest.raises(ValueError, match="another process writes it"):
+        batch.run(artifact, prompts, out, CONFIG, quiet=True)
+    assert out.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "prompts.jsonl: expected prompts, got none"),
+        ('{"prompt": "a"}\n{"prompt"\n', "prompts.jsonl:2: expected one JSON object a line"),
+        ('["a"]\n', "prompts.jsonl:1: expected a JSON object, got list"),
+        ('\n{"promt": "a"}\n', "prompts.jsonl:2: promt: unknown field; did you mean 'prompt'?"),
+        ('{"id": 1}\n', "prompts.jsonl:1: expected either prompt or messages, got id"),
+        ('{"prompt": "a", "messages": []}\n', "expected either prompt or messages, got prompt, messages"),
+        ('{"prompt": 3}\n', "prompts.jsonl:1: prompt: expected text, got 3"),
+        ('{"prompt": "a", "thinking": true}\n', "expected thinking with messages, got it with prompt"),
+        ('{"messages": []}\n', "prompts.jsonl:1: expected at least one message, got none"),
+        ('{"messages": "hello"}\n', "prompts.jsonl:1: expected messages"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}\n', "prompts.jsonl:1: expected messages of role"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "end before the assistant's"),
+        (
+            '{"prompt": "a", "temperature": "hot"}\n',
+            "prompts.jsonl:1: temperature: expected float, got 'hot'",
+        ),
+        ('{"prompt": "a", "temperature": -1}\n', "prompts.jsonl:1: temperature: expected 0 or more, got -1"),
+        (
+            '{"prompt": "a", "temperature": NaN}\n',
+            "prompts.jsonl:1: expected Unicode text and finite numbers",
+        ),
+        ('{"prompt": "\\ud800"}\n', "prompts.jsonl:1: expected Unicode text and finite numbers"),
+        ('{"prompt": "a", "id": [1]}\n', "prompts.jsonl:1: id: expected text or a whole number, got [1]"),
+        (
+            '{"prompt": "a"}\n{"prompt": "b", "id": 1}\n',
+            "prompts.jsonl:2: expected an id of its own, got 1 of",
+        ),
+        (
+            '{"prompt": "a"}\n{"prompt": "%s"}\n' % ("ab " * CONTEXT),
+            "prompts.jsonl:2: expected at most 127 tok",
+        ),
+    ],
+)
+def test_bad_rows(artifact, tmp_path, rows, message):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(rows)
+    with pytest.raises(ValueError) as error:
+        batch.run(artifact, prompts, tmp_path / "out.jsonl", CONFIG)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n": 0}, "n: expected 1 or more, got 0"),
+        ({"chunk": 0}, "chunk: expected 1 or more, got 0"),
+        ({"seed": -1}, r"seed: expected a number in \[0, 2\*\*32\), got -1"),
+    ],
+)
+def test_bad_configurations(values, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**values)
+
+
+def command(capsys, *args: object) -> tuple[int, str, str]:
+    code = cli.main(["generate", *map(str, args)])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_writes_what_the_call_does(artifact, prompts, whole, tmp_path, capsys):
+    out = tmp_path / "new" / "out.jsonl"
+    code, said, progress = command(capsys, artifact, f"--prompts={prompts}", f"--out={out}", *FLAGS)
+    assert (code, out.read_bytes()) == (0, whole.read_bytes())
+    assert said.startswith(f"generate: {out} prompts=7 rows=14 rows_before=0 tokens=")
+    assert [line.split("  ")[0] for line in progress.splitlines()] == [
+        "generate 3/7",
+        "generate 6/7",
+        "generate 7/7",
+    ]
+
+
+def test_a_prompt_of_the_command_line(artifact, capsys):
+    """A chat unless raw; flags are short for fields and win over them."""
+    flags = ["--temperature=0", "--max_new_tokens=6", "--config.sampling.temperature=0.5"]
+    cfg = GenerateConfig(SamplingConfig(temperature=0, max_new_tokens=6), thinking="off")
+    for more, row in ((["--thinking=off"], {"messages": CHAT}), (["--raw"], {"prompt": "two and two"})):
+        [wanted] = batch.answer(artifact, [row], cfg)
+        code, said, note = command(capsys, artifact, "--prompt=two and two", *flags, *more)
+        assert (code, said) == (0, wanted["text"] + "\n")
+        assert ("1 of 1 cut off" in note) == (wanted["finish_reason"] == "length")
+    code, said, _ = command(capsys, artifact, "--prompt=two and two", *flags, "--raw", "--n=2")
+    assert said == f"[1/2] {wanted['text']}\n[2/2] {wanted['text']}\n"
+
+
+def test_help(capsys):
+    code, said, _ = command(capsys, "--help")
+    assert code == 0 and "--prompts FILE" in said and "--thinking {on,off,none}" in said
+    assert "sampling.top_p" in said and "samples of each prompt" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompts={prompts}"], "--prompts needs --out=FILE.jsonl"),
+        (["--prompts={prompts}", "--out={prompts}"], "expected another file than the prompts, got the same"),
+        (["--prompts={prompts}.gone", "--out={tmp}/out"], "got no such file; check the path"),
+        (["--prompts={prompts}", "--out={tmp}"], "expected a file to write, got something else"),
+        (["--prompts={prompts}", "--out={tmp}/out", "--raw"], "--raw goes with --prompt;"),
+        (["--prompt=x", "--out={tmp}/out"], "--out goes with --prompts;"),
+        (["--prompt=x", "--raw", "--thinking=on"], "--thinking goes with a chat, not with --raw"),
+        (["--prompt=x", "--prompts={prompts}"], "not allowed with argument"),
+        ([], "one of the arguments --prompt --prompts is required"),
+        (["--prompt=x", "--temperature=hot"], "sampling.temperature: expected float, got 'hot'"),
+        (["--prompt=x", "--config.sampling.top=1"], "sampling.top: unknown key; did you mean 'top_p'?"),
+        (["--prompt=x", "--config.mesh.data=3"], "mesh: expected axes that multiply to 8 devices"),
+    ],
+)
+def test_bad_arguments(artifact, prompts, tmp_path, capsys, args, message):
+    args = [arg.format(prompts=prompts, tmp=tmp_path) for arg in args]
+    before = prompts.read_bytes()
+    code, said, line = command(capsys, artifact, *args)
+    assert (code, said) == (2, "") and message in line and line.count("\n") == 1
+    assert prompts.read_bytes() == before and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("checkpoints", "expected checkpoints/<step>, got none"),
+        ("arch.json", "no such architecture file"),
+        ("tokenizer", "expected a fast tokenizer (tokenizer.json), got none"),
+        ("params", "model"),
+    ],
+)
+def test_a_damaged_artifact(artifact, prompts, tmp_path, capsys, lost, message):
+    """Whatever is missing, the output is not begun."""
+    damaged = tmp_path / "model"
+    damaged.mkdir()
+    for path in artifact.iterdir():
+        if path.name != lost:
+            (damaged / path.name).symlink_to(path)
+    if lost == "params":
+        (damaged / "checkpoints").unlink()
+        (damaged / "checkpoints" / "0" / "params").mkdir(parents=True)
+    out = tmp_path / "out.jsonl"
+    code, _, line = command(capsys, damaged, f"--prompts={prompts}", f"--out={out}")
+    assert code == 2 and message in line and line.count("\n") == 1
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.slow
+def test_a_kill_does_not_show(artifact, tmp_path):
+    """SIGKILL three times, wherever it strikes."""
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"{i} and"} for i in range(400)])
+
+    def start(out: Path) -> subprocess.Popen:
+        args = [str(artifact), f"--prompts={prompts}", f"--out={out}", *FLAGS]
+        return subprocess.Popen([sys.executable, "-m", "nemojax.cli", "generate", *args])
+
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    assert start(one).wait(300) == 0
+    assert len(read(one)) == 800
+    for number in range(3):
+        process, size = start(other), other.stat().st_size if other.exists() else 0
+        deadline = time.monotonic() + 120
+        while not other.exists() or other.stat().st_size <= size + 2000:
+            assert process.poll() is None and time.monotonic() < deadline, number
+            time.sleep(0.003)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert 0 < other.stat().st_size < one.stat().st_size
+    assert start(other).wait(300) == 0
+    assert other.read_bytes() == one.read_bytes()
