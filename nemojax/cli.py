@@ -36,7 +36,7 @@ NEMOJAX_TRACEBACK=1 adds the traceback to an error."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and args and (args[0] in STAGES or args[0] == "run"):
+    if argv is None and args and args[0] in (*STAGES, "run", "generate"):
         _take_large_pages()
     try:
         with _preemptible():

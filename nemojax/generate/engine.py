@@ -1,11 +1,12 @@
 """Batched generation over a slot cache, with continuous batching: a finished row's slot is refilled.
 
 Two compiled programs: `_prefill` reads a group of prompts and writes their keys and values into chosen
-slots; `_decode` steps all slots in a `while_loop` on the device until enough of them are finished. The
-host only moves prompts in and completions out. Lengths are rounded up, so that few shapes occur.
+slots, a prompt that several requests share once for all of them; `_decode` steps all slots in a
+`while_loop` on the device until enough of them are finished. The host only moves prompts in and
+completions out. Lengths are rounded up, so that few shapes occur.
 
-Shape letters: B slots, R prompts prefilled together, T prompt length, S cache capacity, O new tokens at
-most, V vocabulary, E stop ids.
+Shape letters: B slots, R prompts prefilled together, M requests that they are for, T prompt length, S cache
+capacity, O new tokens at most, V vocabulary, E stop ids.
 """
 
 from __future__ import annotations
@@ -51,18 +52,22 @@ class Slots(NamedTuple):
     done_B: jax.Array
     stopped_B: jax.Array
     keys_B: jax.Array
+    controls: Controls
+    seen_BV: jax.Array | None  # which tokens occurred; None where no request asks for it
     tokens_BO: jax.Array
     logps_BO: jax.Array
 
 
-class Prompts(NamedTuple):
-    """A right-padded group of prompts and the slots they go to (`_FAR`: no prompt in this row)."""
+class Group(NamedTuple):
+    """Right-padded prompts, and the requests for them: prompt `row_M`, slot `slot_M` (`_FAR`: no request)."""
 
     tokens_RT: jax.Array
     length_R: jax.Array
-    slot_R: jax.Array
-    limit_R: jax.Array
-    index_R: jax.Array
+    row_M: jax.Array
+    slot_M: jax.Array
+    limit_M: jax.Array
+    index_M: jax.Array
+    controls: Controls
 
 
 def generate(
@@ -70,7 +75,7 @@ def generate(
     arch: ArchSpec,
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
-    sampling: SamplingConfig = SamplingConfig(),
+    sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
     eos_ids: Collection[int] = (),
     *,
     max_batch: int = 64,
@@ -81,22 +86,27 @@ def generate(
     """A completion for each prompt, in order.
 
     Prompt i draws from `fold_in(fold_in(key, i), position)`: what else is in the batch changes nothing
-    within a shape bucket. New tokens are limited by `sampling.max_new_tokens` and by the context.
-    `new_capacity`: room for at least so many, so that calls with different limits share their programs.
-    ValueError for an empty prompt, one that fills the context, or an id outside the vocabulary.
+    within a shape bucket. `sampling`: one for all, or one for each. New tokens are limited by its
+    `max_new_tokens` and by the context. Equal prompts that follow each other are read once. `new_capacity`:
+    room for at least so many, so that calls with different limits share their programs.
+    ValueError for an empty prompt, one that fills the context, an id outside the vocabulary, or another
+    number of samplings than of prompts.
     """
     if not prompts:
         return []
     _check(arch, prompts)
+    each = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
+    if len(each) != len(prompts):
+        raise ValueError(f"sampling: expected one for each of the {len(prompts)} prompts, got {len(each)}")
     longest = max(map(len, prompts))
     shape = _Shape(
         slots=min(max_batch, _round_up(len(prompts), 8)),
         prompt=min(_round_up(longest, _BUCKET), arch.context),
-        new=_round_up(min(max(sampling.max_new_tokens, new_capacity), arch.context), _BUCKET),
+        new=_round_up(min(max(new_capacity, *(s.max_new_tokens for s in each)), arch.context), _BUCKET),
     )
     eos_E = jnp.asarray(sorted(eos_ids) or [-1], jnp.int32)
     with use_mesh(mesh):
-        return _serve(params, arch, prompts, key, sampling, eos_E, shape, compute)
+        return _serve(params, arch, prompts, key, each, eos_E, shape, compute)
 
 
 class _Shape(NamedTuple):
@@ -115,27 +125,29 @@ def _serve(
     arch: ArchSpec,
     prompts: Sequence[Sequence[int]],
     key: jax.Array,
-    sampling: SamplingConfig,
+    sampling: Sequence[SamplingConfig],
     eos_E: jax.Array,
     shape: _Shape,
     compute: Compute,
 ) -> list[Completion]:
-    controls = make_controls(sampling, shape.slots)
-    slots = _empty_slots(arch, shape, key, compute)
-    static: dict[str, Any] = {"arch": arch, "compute": compute, "truncates": sampling.truncates}
+    slots = _empty_slots(arch, shape, key, compute, any(s.penalises for s in sampling))
+    static: dict[str, Any] = {
+        "arch": arch,
+        "compute": compute,
+        "truncates": any(s.truncates for s in sampling),
+    }
     results: list[Completion | None] = [None] * len(prompts)
     owner: dict[int, int] = {}
     waiting = list(range(len(prompts)))[::-1]
     while waiting or owner:
         free = [s for s in range(shape.slots) if s not in owner]
         while waiting and free:
-            count = min(shape.group, len(free), len(waiting))
-            placed = {free.pop(): waiting.pop() for _ in range(count)}
+            placed = _place(prompts, waiting, free, shape.group)
             owner |= placed
-            group = _make_group(arch, prompts, placed, shape, sampling.max_new_tokens)
-            slots = _prefill(params, slots, group, key, controls, eos_E, **static)
+            group = _make_group(arch, prompts, placed, shape, sampling)
+            slots = _prefill(params, slots, group, key, eos_E, **static)
         wanted = min(shape.group, len(waiting)) if waiting else len(owner)
-        slots = _decode(params, slots, wanted + shape.slots - len(owner), controls, eos_E, **static)
+        slots = _decode(params, slots, wanted + shape.slots - len(owner), eos_E, **static)
         for slot, done in enumerate(_collect(slots)):
             if done is not None and slot in owner:
                 results[owner.pop(slot)] = done
@@ -156,25 +168,51 @@ def _collect(slots: Slots) -> list[Completion | None]:
     ]
 
 
+def _place(
+    prompts: Sequence[Sequence[int]], waiting: list[int], free: list[int], most: int
+) -> dict[int, int]:
+    """{slot: request} of the next requests, as long as there are slots and their prompts differ in `most`."""
+    placed: dict[int, int] = {}
+    different = 0
+    while waiting and free:
+        new = not placed or prompts[waiting[-1]] != prompts[next(reversed(placed.values()))]
+        if different + new > most:
+            break
+        different += new
+        placed[free.pop()] = waiting.pop()
+    return placed
+
+
 def _make_group(
-    arch: ArchSpec, prompts: Sequence[Sequence[int]], placed: dict[int, int], shape: _Shape, max_new: int
-) -> Prompts:
-    tokens_RT = np.zeros((shape.group, shape.prompt), np.int32)
-    length_R, limit_R = np.ones(shape.group, np.int32), np.zeros(shape.group, np.int32)
-    slot_R, index_R = np.full(shape.group, _FAR, np.int32), np.zeros(shape.group, np.int32)
-    for row, (slot, index) in enumerate(placed.items()):
+    arch: ArchSpec,
+    prompts: Sequence[Sequence[int]],
+    placed: dict[int, int],
+    shape: _Shape,
+    sampling: Sequence[SamplingConfig],
+) -> Group:
+    # two sizes, so that a refill of few slots does not write them all
+    size = shape.group if len(placed) <= shape.group else shape.slots
+    tokens_RT, length_R = np.zeros((shape.group, shape.prompt), np.int32), np.ones(shape.group, np.int32)
+    slot_M, index_M = np.full(size, _FAR, np.int32), np.zeros(size, np.int32)
+    row_M, limit_M = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    row, last = -1, None
+    for m, (slot, index) in enumerate(placed.items()):
         prompt = prompts[index]
-        tokens_RT[row, : len(prompt)] = prompt
-        length_R[row], slot_R[row], index_R[row] = len(prompt), slot, index
-        limit_R[row] = min(max_new, arch.context - len(prompt))
-    return Prompts(*map(jnp.asarray, (tokens_RT, length_R, slot_R, limit_R, index_R)))
+        if prompt != last:
+            row, last = row + 1, prompt
+            tokens_RT[row, : len(prompt)], length_R[row] = prompt, len(prompt)
+        row_M[m], slot_M[m], index_M[m] = row, slot, index
+        limit_M[m] = min(sampling[index].max_new_tokens, arch.context - len(prompt))
+    unused = [SamplingConfig()] * (size - len(placed))
+    controls = make_controls([*(sampling[i] for i in placed.values()), *unused])
+    arrays = (tokens_RT, length_R, row_M, slot_M, limit_M, index_M)
+    return Group._make([*map(jnp.asarray, arrays), controls])
 
 
-def _empty_slots(arch: ArchSpec, shape: _Shape, key: jax.Array, compute: Compute) -> Slots:
+def _empty_slots(arch: ArchSpec, shape: _Shape, key: jax.Array, compute: Compute, penalises: bool) -> Slots:
     b = shape.slots
-    cache = init_cache(arch, b, shape.prompt + shape.new, jnp.dtype(compute.dtype))
     return Slots(
-        cache=cache,
+        cache=init_cache(arch, b, shape.prompt + shape.new, jnp.dtype(compute.dtype)),
         last_B=jnp.zeros(b, jnp.int32),
         position_B=jnp.zeros(b, jnp.int32),
         count_B=jnp.zeros(b, jnp.int32),
@@ -182,6 +220,8 @@ def _empty_slots(arch: ArchSpec, shape: _Shape, key: jax.Array, compute: Compute
         done_B=jnp.ones(b, bool),
         stopped_B=jnp.zeros(b, bool),
         keys_B=jax.random.split(key, b),
+        controls=make_controls([SamplingConfig()] * b),
+        seen_BV=jnp.zeros((b, arch.vocab_size), bool) if penalises else None,
         tokens_BO=jnp.zeros((b, shape.new), jnp.int32),
         logps_BO=jnp.zeros((b, shape.new), jnp.float32),
     )
@@ -191,16 +231,15 @@ def _empty_slots(arch: ArchSpec, shape: _Shape, key: jax.Array, compute: Compute
 def _prefill(
     params: Params,
     slots: Slots,
-    group: Prompts,
+    group: Group,
     key: jax.Array,
-    controls: Controls,
     eos_E: jax.Array,
     *,
     arch: ArchSpec,
     compute: Compute,
     truncates: bool,
 ) -> Slots:
-    """Reads a group of prompts into its slots and draws the first token of each."""
+    """Reads a group of prompts, writes each into the slots of its requests, and draws their first tokens."""
     rows, length = group.tokens_RT.shape
     positions_RT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
     ctx = make_context(arch, positions_RT)
@@ -208,30 +247,36 @@ def _prefill(
     h_RTD = embed(params, group.tokens_RT, compute)
     h_RTD, _, small = apply_blocks(params, arch, h_RTD, ctx, cache=small, compute=compute)
     assert small is not None
-    # what a former owner left beyond this prompt is never seen: a key's index must not exceed the query's
-    cache = jax.tree.map(
-        lambda whole, part: whole.at[:, group.slot_R, :length].set(part, mode="drop"), slots.cache, small
-    )
     h_R1D = jnp.take_along_axis(h_RTD, (group.length_R - 1)[:, None, None], axis=1)
-    logits_RV = head(params, arch, h_R1D)[:, 0]
-    keys_R = jax.vmap(lambda i: jax.random.fold_in(key, i))(group.index_R)
-    controls_R = jax.tree.map(lambda x: x.at[group.slot_R].get(mode="clip"), controls)
-    tokens_R, logps_R = sample(logits_RV, _at(keys_R, group.length_R), controls_R, truncates)
+    logits_MV = head(params, arch, h_R1D)[group.row_M, 0]
+    length_M = group.length_R[group.row_M]
+    keys_M = jax.vmap(lambda i: jax.random.fold_in(key, i))(group.index_M)
+    seen_MV = None if slots.seen_BV is None else _occurring(group, arch.vocab_size)
+    tokens_M, logps_M = sample(logits_MV, _at(keys_M, length_M), group.controls, truncates, seen_MV)
+    stopped_M = _is_stop(tokens_M, eos_E)
 
-    stopped_R = _is_stop(tokens_R, eos_E)
-    put = {
-        "last_B": tokens_R,
-        "position_B": group.length_R,
-        "count_B": jnp.ones_like(tokens_R),
-        "limit_B": group.limit_R,
-        "done_B": stopped_R | (group.limit_R <= 1),
-        "stopped_B": stopped_R,
-        "keys_B": keys_R,
-    }
-    new = {name: getattr(slots, name).at[group.slot_R].set(value, mode="drop") for name, value in put.items()}
-    tokens_BO = slots.tokens_BO.at[group.slot_R, 0].set(tokens_R, mode="drop")
-    logps_BO = slots.logps_BO.at[group.slot_R, 0].set(logps_R, mode="drop")
-    return slots._replace(cache=cache, tokens_BO=tokens_BO, logps_BO=logps_BO, **new)
+    def put(whole: Any, new: jax.Array) -> jax.Array:
+        return whole.at[group.slot_M].set(new, mode="drop")
+
+    return slots._replace(
+        # what a former owner left beyond this prompt is never seen: a key's index must not exceed the query's
+        cache=jax.tree.map(
+            lambda whole, part: whole.at[:, group.slot_M, :length].set(part[:, group.row_M], mode="drop"),
+            slots.cache,
+            small,
+        ),
+        last_B=put(slots.last_B, tokens_M),
+        position_B=put(slots.position_B, length_M),
+        count_B=put(slots.count_B, jnp.ones_like(tokens_M)),
+        limit_B=put(slots.limit_B, group.limit_M),
+        done_B=put(slots.done_B, stopped_M | (group.limit_M <= 1)),
+        stopped_B=put(slots.stopped_B, stopped_M),
+        keys_B=put(slots.keys_B, keys_M),
+        controls=jax.tree.map(put, slots.controls, group.controls),
+        seen_BV=None if seen_MV is None else put(slots.seen_BV, _with(seen_MV, tokens_M)),
+        tokens_BO=slots.tokens_BO.at[group.slot_M, 0].set(tokens_M, mode="drop"),
+        logps_BO=slots.logps_BO.at[group.slot_M, 0].set(logps_M, mode="drop"),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "compute", "truncates"), donate_argnames=("slots",))
@@ -239,7 +284,6 @@ def _decode(
     params: Params,
     slots: Slots,
     num_done: int | jax.Array,
-    controls: Controls,
     eos_E: jax.Array,
     *,
     arch: ArchSpec,
@@ -255,7 +299,8 @@ def _decode(
         h_B1D, _, cache = apply_blocks(params, arch, h_B1D, ctx, cache=slots.cache, compute=compute)
         logits_BV = head(params, arch, h_B1D)[:, 0]
         position_B = slots.position_B + 1
-        tokens_B, logps_B = sample(logits_BV, _at(slots.keys_B, position_B), controls, truncates)
+        keys_B = _at(slots.keys_B, position_B)
+        tokens_B, logps_B = sample(logits_BV, keys_B, slots.controls, truncates, slots.seen_BV)
         rows_B = jnp.arange(tokens_B.shape[0])
         write_B = jnp.where(active_B, slots.count_B, _FAR)
         count_B = slots.count_B + active_B
@@ -267,6 +312,7 @@ def _decode(
             count_B=count_B,
             done_B=slots.done_B | stop_B | (count_B >= slots.limit_B),
             stopped_B=slots.stopped_B | stop_B,
+            seen_BV=None if slots.seen_BV is None else _with(slots.seen_BV, tokens_B),
             tokens_BO=slots.tokens_BO.at[rows_B, write_B].set(tokens_B, mode="drop"),
             logps_BO=slots.logps_BO.at[rows_B, write_B].set(logps_B, mode="drop"),
         )
@@ -277,6 +323,19 @@ def _decode(
 def _at(keys_B: jax.Array, position_B: jax.Array) -> jax.Array:
     """The key with which the token at `position_B` is drawn."""
     return jax.vmap(jax.random.fold_in)(keys_B, position_B)
+
+
+def _occurring(group: Group, vocab_size: int) -> jax.Array:
+    """Which tokens each request's prompt holds, [M, V]."""
+    rows, length = group.tokens_RT.shape
+    inside_RT = jnp.arange(length) < group.length_R[:, None]
+    tokens_RT = jnp.where(inside_RT, group.tokens_RT, _FAR)
+    seen_RV = jnp.zeros((rows, vocab_size), bool)
+    return seen_RV.at[jnp.arange(rows)[:, None], tokens_RT].set(True, mode="drop")[group.row_M]
+
+
+def _with(seen_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    return seen_BV.at[jnp.arange(tokens_B.shape[0]), tokens_B].set(True)
 
 
 def _is_stop(tokens_B: jax.Array, eos_E: jax.Array) -> jax.Array:

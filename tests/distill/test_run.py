@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         context=64,
     )
     # larger weights than fresh ones: the feed-forward that goes missing must have done something
-    params = jax.tree.map(lambda w: 3 * w, init_params(arch, jax.random.key(0)))
+    params = jax.tree.map(lambda w: 1.5 * w, init_params(arch, jax.random.key(0)))
     child = child_arch(arch, (arch.blocks[0], BlockSpec(arch.blocks[1].attn, NoOp())))
     save_params(path / "teacher", arch, params, tokenizer_dir=path / "tokenizer")
     healthy = assemble(params, arch, child, Library(path / "none"))
@@ -48,7 +48,7 @@ def config(folder, **values) -> distill.Config:
     return from_dict(
         distill.Config,
         {"student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": data, "fit": fit}
-        | {"optim": {"lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.0}}
+        | {"optim": {"lr": 2e-3, "warmup_steps": 2, "weight_decay": 0.0}}
         | values,
     )
 

@@ -10,6 +10,7 @@ import pytest
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.data.examples import Example
 from nemojax.data.packing import row_per_example
+from nemojax.generate import engine
 from nemojax.generate.engine import generate
 from nemojax.generate.sampling import SamplingConfig, log_distribution, make_controls, sample
 from nemojax.model.llama import apply, init_params, param_shardings
@@ -134,8 +135,8 @@ def test_bad_prompts_are_refused(params, prompt, message):
 
 def test_truncated_distributions():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 3))
-    controls = make_controls(SamplingConfig(), 3)._replace(
-        top_k_B=jnp.array([2, 0, 3]), top_p_B=jnp.array([1.0, 0.7, 0.6])
+    controls = make_controls(
+        [SamplingConfig(top_k=2), SamplingConfig(top_p=0.7), SamplingConfig(top_k=3, top_p=0.6)]
     )
     probs = np.exp(log_distribution(logits, controls, True))
     want = [[0.625, 0.375, 0, 0], [0.625, 0.375, 0, 0], [0.625, 0.375, 0, 0]]
@@ -146,7 +147,7 @@ def test_truncated_distributions():
 def test_samples_follow_the_distribution():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     n = 4000
-    controls = make_controls(SamplingConfig(temperature=0.5, top_k=3), n)
+    controls = make_controls([SamplingConfig(temperature=0.5, top_k=3)] * n)
     keys = jax.random.split(jax.random.key(0), n)
     tokens, logps = sample(jnp.tile(logits, (n, 1)), keys, controls, True)
     want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
@@ -154,7 +155,103 @@ def test_samples_follow_the_distribution():
     np.testing.assert_allclose(np.exp(logps), want[tokens], rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}])
+def test_min_p_cuts_what_is_far_less_likely_than_the_likeliest():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 2))
+    controls = make_controls([SamplingConfig(min_p=0.29), SamplingConfig(min_p=0.31)])
+    probs = np.exp(log_distribution(logits, controls, True))
+    np.testing.assert_allclose(probs[0], np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=1e-6)
+    np.testing.assert_allclose(probs[1], [0.625, 0.375, 0, 0], atol=1e-6)
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    rng = np.random.default_rng(0)
+    logits, prompts = rng.normal(size=(3, 64)).astype(np.float32), make_prompts(3)
+    seen = np.zeros((3, 64), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    controls = make_controls([SamplingConfig(repetition_penalty=p) for p in (1.0, 1.3, 0.8)])
+    got = log_distribution(jnp.asarray(logits), controls, False, jnp.asarray(seen))
+    for b, penalty in enumerate((1.0, 1.3, 0.8)):
+        processor = RepetitionPenaltyLogitsProcessor(penalty)
+        scores = processor(torch.tensor([prompts[b]]), torch.tensor(logits[b : b + 1]))
+        np.testing.assert_allclose(got[b], torch.log_softmax(scores, -1)[0], atol=1e-5)
+
+
+def test_a_heavy_penalty_repeats_nothing_of_prompt_or_answer(params):
+    """Greedy, with a penalty for all but every other request: the two kinds share their batch."""
+    plain, never = (
+        SamplingConfig(0, max_new_tokens=20),
+        SamplingConfig(0, max_new_tokens=20, repetition_penalty=1e6),
+    )
+    prompts = make_prompts(8, seed=2)
+    mixed = generate(params, ARCH, prompts, jax.random.key(0), [plain, never] * 4)
+    alone = generate(params, ARCH, prompts, jax.random.key(0), plain)
+    assert [c.tokens for c in mixed[::2]] == [c.tokens for c in alone[::2]]
+    for prompt, completion in zip(prompts[1::2], mixed[1::2], strict=True):
+        assert len({*completion.tokens} - {*prompt}) == 20
+    assert any(len(set(c.tokens)) < 20 for c in alone)
+
+
+def test_every_request_has_its_own_settings(params):
+    """Limits, temperatures and cuts differ within a batch, and each request is as if it were alone."""
+    prompts = make_prompts(6, seed=4)
+    settings = [
+        SamplingConfig(0, max_new_tokens=5),
+        SamplingConfig(1.0, max_new_tokens=9),
+        SamplingConfig(1.0, top_k=2, max_new_tokens=12),
+        SamplingConfig(0.5, top_p=0.5, max_new_tokens=7),
+        SamplingConfig(1.0, min_p=0.4, max_new_tokens=3),
+        SamplingConfig(0.8, top_k=5, top_p=0.9, min_p=0.1, max_new_tokens=11),
+    ]
+    key = jax.random.key(3)
+    out = generate(params, ARCH, prompts, key, settings)
+    assert [len(c.tokens) for c in out] == [5, 9, 12, 7, 3, 11]
+    for i, setting in enumerate(settings):
+        same = generate(params, ARCH, prompts, key, [setting] * 6)
+        assert same[i].tokens == out[i].tokens
+        np.testing.assert_allclose(same[i].logprobs, out[i].logprobs, atol=1e-5)
+    with pytest.raises(ValueError, match="one for each of the 6 prompts, got 5"):
+        generate(params, ARCH, prompts, key, settings[:5])
+
+
+def test_a_shared_prompt_is_read_once(params, monkeypatch):
+    """Answers to equal prompts are those to prompts read one by one, and far fewer are read."""
+    rows = []
+    make = engine._make_group
+
+    def count(*args):
+        group = make(*args)
+        rows.append(len({tuple(t) for t in np.asarray(group.tokens_RT)[np.unique(group.row_M)].tolist()}))
+        return group
+
+    monkeypatch.setattr(engine, "_make_group", count)
+    prompts = [p for p in make_prompts(4, seed=6) for _ in range(8)]
+    sampling, key = SamplingConfig(max_new_tokens=16), jax.random.key(5)
+    shared = generate(params, ARCH, prompts, key, sampling, [EOS], max_batch=16)
+    assert sum(rows) <= 8  # four prompts, each in at most two halves
+    # in another order no prompt follows itself; request 0 has the same key in both
+    mixed = [prompts[8 * (i % 4)] for i in range(32)]
+    rows.clear()
+    apart = generate(params, ARCH, mixed, key, sampling, [EOS], max_batch=16)
+    assert sum(rows) == 32 and apart[0] == shared[0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 2**31},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+    ],
+)
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingConfig(**bad)
