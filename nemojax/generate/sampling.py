@@ -32,7 +32,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a finite number, 0 or more, got {self.temperature}")
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k: expected 0 (off) or more, below 2**31, got {self.top_k}")
         if not 0 < self.top_p <= 1:
