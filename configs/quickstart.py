@@ -2,7 +2,7 @@
 
     nemojax run --config=configs/quickstart.py --workdir=runs/quickstart
     nemojax run --config=configs/quickstart.py:seed=1 --workdir=runs/quickstart-seed1
-    nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (two minutes, learns little)
+    nemojax run --config=configs/quickstart.py:small --workdir=runs/small     (minutes, learns little)
 
 The parent learns from the Python language reference (40% of its tokens) and from spelling words backwards,
 short ones (`spell`) and long ones (`spell_long`). The child keeps under half of the parent's block
