@@ -1,0 +1,211 @@
+"""Requests and answers as OpenAI-compatible servers write them: JSON bodies out, JSON bodies in.
+
+Extra fields are vLLM's (top_k, min_p, repetition_penalty, stop_token_ids, thinking_token_budget,
+return_token_ids). They are left out at their defaults, so that servers which know OpenAI's alone accept
+what asks for nothing more; such a default is then the server's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from nemojax.data.chat import answer_with_thinking, split_thinking, with_toggle
+from nemojax.data.tokenizer import THINK
+from nemojax.generate.protocol import Answer, FinishReason, Request, ToolCall
+
+CHAT, COMPLETIONS = "chat/completions", "completions"
+Json = dict[str, Any]
+_OWN_FIELDS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def path_of(request: Request) -> str:
+    """The end of the address that answers such a request."""
+    return COMPLETIONS if request.messages is None else CHAT
+
+
+def make_body(request: Request, model: str, n: int, taken: int = 0, tokens: bool = False) -> Json:
+    """The JSON body that asks for `n` samples after the first `taken`, which draw with seeds of their own.
+
+    tokens: ask for token ids and log-probabilities. ValueError for what has no meaning without a chat.
+    """
+    sampling = request.sampling
+    body: Json = {
+        "model": model,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_new_tokens,
+        "n": n,
+        "seed": request.seed + taken,
+    }
+    body |= {k: getattr(sampling, k) for k, off in _OWN_FIELDS.items() if getattr(sampling, k) != off}
+    if request.stop:
+        body["stop"] = list(request.stop)
+    if request.stop_ids:
+        body["stop_token_ids"] = list(request.stop_ids)
+    if request.thinking_budget is not None:
+        body["thinking_token_budget"] = request.thinking_budget
+    if request.json_schema is not None:
+        body["response_format"] = _response_format(request.json_schema)
+    if tokens:
+        body["return_token_ids"] = True
+    told = tokens or request.top_logprobs > 0
+    if request.messages is None:
+        _check_without_chat(request)
+        body["prompt"] = request.prompt if request.tokens is None else list(request.tokens)
+        return body | ({"logprobs": request.top_logprobs} if told else {})
+    body["messages"] = [dict(m) for m in with_toggle(request.messages, request.thinking)]
+    if request.tools:
+        body |= {"tools": [dict(tool) for tool in request.tools], "tool_choice": request.tool_choice}
+    return body | ({"logprobs": True, "top_logprobs": request.top_logprobs} if told else {})
+
+
+def _response_format(schema: Mapping[str, Any]) -> Json:
+    if not schema:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": dict(schema), "strict": True}}
+
+
+def _check_without_chat(request: Request) -> None:
+    for name, given in (("thinking", request.thinking is not None), ("tools", bool(request.tools))):
+        if given:
+            raise ValueError(f"{name}: expected messages with it, got a prompt; it is a chat's")
+
+
+def parse_answers(body: Any, chat: bool, where: str) -> list[Answer]:
+    """The answers of a response, in the order of their indices. ValueError, `where` in front, for another
+    shape. Where a server counts tokens over all samples only, each has its share by length of text."""
+    choices = _get(body, "choices", list, where)
+    if not choices:
+        raise ValueError(f"{where}: expected at least one choice, got none")
+    if all(isinstance(choice, Mapping) and isinstance(choice.get("index"), int) for choice in choices):
+        choices = sorted(choices, key=lambda choice: choice["index"])
+    usage = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
+    prompt_ids = body.get("prompt_token_ids")
+    prompt_tokens = _count(usage.get("prompt_tokens"), prompt_ids)
+    parts = [_parse_choice(choice, chat, where) for choice in choices]
+    counts = _counts(parts, usage.get("completion_tokens"))
+    return [
+        Answer(num_tokens=count, prompt_tokens=prompt_tokens, **part)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+
+
+def total_tokens(body: Any) -> int | None:
+    """Tokens that a response says it cost; None where it does not tell."""
+    usage = body.get("usage") if isinstance(body, Mapping) else None
+    total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
+    return total if isinstance(total, int) else None
+
+
+def _parse_choice(choice: Any, chat: bool, where: str) -> Json:
+    """The fields of an `Answer` but for the numbers of tokens."""
+    if not isinstance(choice, Mapping):
+        raise ValueError(f"{where}: expected choices that are objects, got {choice!r:.80}")
+    finish = finish_reason(_get(choice, "finish_reason", str, where))
+    part: Json = {"finish_reason": finish}
+    if chat:
+        message = _get(choice, "message", Mapping, where)
+        part["tool_calls"] = _tool_calls(message.get("tool_calls"), where)
+        content = message.get("content")
+        if content is None:
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: expected a message's content to be text, got {content!r:.80}")
+        part |= message_text(reasoning_of(message), content, finish)
+        part["finish_reason"] = "tool_calls" if part["tool_calls"] and finish == "stop" else finish
+    else:
+        text = _get(choice, "text", str, where)
+        reasoning, content = split_thinking(text)
+        part |= {"text": text, "reasoning": reasoning, "content": content}
+    ids = choice.get("token_ids")
+    part["tokens"] = tuple(ids) if _are(ids, int) else None
+    told = choice.get("logprobs")
+    return part | (_logprobs(told, where) if isinstance(told, Mapping) else {})
+
+
+def finish_reason(given: str) -> FinishReason:
+    """A server's word for why it ended; whatever is neither a limit nor a call has simply ended."""
+    if given in ("tool_calls", "function_call"):
+        return "tool_calls"
+    return "length" if given in ("length", "max_tokens") else "stop"
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """What a message, or a piece of one, says under either name that servers give to reasoning."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name]:
+            return message[name]
+    return None
+
+
+def message_text(reasoning: str | None, content: str, finish: FinishReason) -> Json:
+    """`text`, `reasoning` and `content` of an answer whose reasoning came apart, or else stands in tags."""
+    if reasoning is None:
+        reasoning, answer = split_thinking(content)
+        return {"text": content, "reasoning": reasoning, "content": answer}
+    cut = finish == "length" and not content
+    text = THINK + reasoning if cut else answer_with_thinking(reasoning, content)
+    return {"text": text, "reasoning": reasoning.strip(), "content": content.strip()}
+
+
+def _tool_calls(given: Any, where: str) -> tuple[ToolCall, ...]:
+    if given is None:
+        return ()
+    if not _are(given, Mapping):
+        raise ValueError(f"{where}: expected tool_calls to be a list of objects, got {given!r:.80}")
+    functions = [_get(call, "function", Mapping, where) for call in given]
+    return tuple(ToolCall(_get(f, "name", str, where), _get(f, "arguments", str, where)) for f in functions)
+
+
+def _logprobs(told: Mapping[str, Any], where: str) -> Json:
+    """`logprobs` and `top` of either endpoint's form."""
+    if isinstance(told.get("content"), list):  # a chat's: one object a token
+        entries = told["content"]
+        values = [_get(entry, "logprob", int | float, where) for entry in entries]
+        tops = [
+            [(_get(t, "token", str, where), float(_get(t, "logprob", int | float, where))) for t in top]
+            for entry in entries
+            if isinstance(top := entry.get("top_logprobs"), list)
+        ]
+    elif _are(told.get("token_logprobs"), int | float):  # a completion's: columns
+        values, rows = told["token_logprobs"], told.get("top_logprobs")
+        tops = [list(row.items()) for row in rows] if _are(rows, Mapping) else []
+    else:
+        return {}
+    ranked = [tuple(sorted(((t, float(p)) for t, p in top), key=lambda pair: -pair[1])) for top in tops]
+    return {"logprobs": tuple(map(float, values)), "top": tuple(ranked) if any(ranked) else ()}
+
+
+def _counts(parts: Sequence[Json], total: Any) -> list[int]:
+    """New tokens of each sample: as told, else its share of the total, 0 where the server tells nothing."""
+    left = _count(total, None)
+    for name, trusted in (("tokens", True), ("logprobs", len(parts) > 1 or not left)):
+        if trusted and all(part.get(name) is not None for part in parts):
+            return [len(part[name]) for part in parts]
+    sizes = [max(len(part["text"]), 1) for part in parts]
+    counts = []
+    for i, size in enumerate(sizes):  # what is left is shared by who is left, so that the sum is the total
+        counts.append(round(left * size / sum(sizes[i:])))
+        left -= counts[-1]
+    return counts
+
+
+def _count(told: Any, ids: Any) -> int:
+    if isinstance(told, int) and not isinstance(told, bool):
+        return told
+    return len(ids) if isinstance(ids, list) else 0
+
+
+def _are(values: Any, kind: Any) -> TypeGuard[list[Any]]:
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def _get(value: Any, key: str, kind: Any, where: str) -> Any:
+    found = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ValueError(
+            f"{where}: expected an OpenAI-compatible answer with {key!r}, got {value!r:.120}; check the "
+            "address"
+        )
+    return found
