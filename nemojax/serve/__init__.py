@@ -1,0 +1,1 @@
+"""A model behind the interface that OpenAI's clients speak."""
