@@ -18,7 +18,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -127,7 +127,7 @@ class RemoteGenerator:
         found = dict(self.stream(requests))
         return [found[index] for index in range(len(requests))]
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Answer]]]:
+    def stream(self, requests: Sequence[Request]) -> Generator[tuple[int, list[Answer]], None, None]:
         """(index, its answers) as they complete; closing the iterator cancels what is under way."""
         yield from self._running(lambda put: self._work(requests, put))
 
