@@ -11,7 +11,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.config import field
-from nemojax.generate.engine import generate
+from nemojax.generate.completions import generate
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import Compute, Params
 

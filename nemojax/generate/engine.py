@@ -1,362 +1,441 @@
-"""Batched generation over a slot cache, with continuous batching: a finished row's slot is refilled.
+"""Continuous batching over a cache of slots: jobs come and go at any time, each step serves all of them.
 
-Two compiled programs: `_prefill` reads a group of prompts and writes their keys and values into chosen
-slots, a prompt that several requests share once for all of them; `_decode` steps all slots in a
-`while_loop` on the device until enough of them are finished. The host only moves prompts in and
-completions out. Lengths are rounded up, so that few shapes occur.
+The host decides who is where; the compiled programs (programs.py) only compute. Shapes are rounded up, so
+that a handful of programs serves everything: rows, lengths of chunks, and positions that are attended to.
+What else is in the batch changes nothing in a sequence within one set of shapes, bitwise.
 
-Shape letters: B slots, R prompts prefilled together, M requests that they are for, T prompt length, S cache
-capacity, O new tokens at most, V vocabulary, E stop ids.
+A slot keeps what it has read after its job is done. A job whose prompt begins in the same way as what some
+slot holds copies that part instead of reading it, and jobs with the same prompt read it together, once.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nemojax.arch import ArchSpec
-from nemojax.generate.sampling import Controls, SamplingConfig, make_controls, sample
-from nemojax.model.attention import make_context
-from nemojax.model.cache import Cache, init_cache
-from nemojax.model.llama import Compute, Params, apply_blocks, embed, head
+from nemojax.config import field
+from nemojax.generate import programs
+from nemojax.generate.jobs import MAX_TOP_LOGPROBS, Event, Job
+from nemojax.generate.programs import FAR, Chunk, Emitted, First, How, Packed, State
+from nemojax.generate.sampling import Report
+from nemojax.generate.sequence import Sequence
+from nemojax.generate.slots import SlotTable
+from nemojax.generate.speculate import Speculation, make_draft
+from nemojax.model.cache import init_cache
+from nemojax.model.llama import Compute, Params
 from nemojax.sharding import use_mesh
 
-_BUCKET = 32  # lengths are rounded up to a multiple of this
-_FAR = 2**30  # a slot or position that no array has: writes there are dropped
+_SMALL = 16  # the shortest chunk and the fewest stop ids that programs are compiled for
 
 
 @dataclass(frozen=True)
-class Completion:
-    """New tokens (the stop id included when there is one) and the log-probability of each under the
-    distribution it was drawn from. `finished` is False when the length limit cut it."""
+class EngineConfig:
+    """How sequences share the devices. What is generated depends on none of it, up to rounding."""
 
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
-
-
-class Slots(NamedTuple):
-    """The state of every slot. `count_B` tokens were generated, the last one `last_B` at `position_B`."""
-
-    cache: Cache
-    last_B: jax.Array
-    position_B: jax.Array
-    count_B: jax.Array
-    limit_B: jax.Array
-    done_B: jax.Array
-    stopped_B: jax.Array
-    keys_B: jax.Array
-    controls: Controls
-    seen_BV: jax.Array | None  # which tokens occurred; None where no request asks for it
-    tokens_BO: jax.Array
-    logps_BO: jax.Array
-
-
-class Group(NamedTuple):
-    """Right-padded prompts, and the requests for them: prompt `row_M`, slot `slot_M` (`_FAR`: no request)."""
-
-    tokens_RT: jax.Array
-    length_R: jax.Array
-    row_M: jax.Array
-    slot_M: jax.Array
-    limit_M: jax.Array
-    index_M: jax.Array
-    controls: Controls
-
-
-def generate(
-    params: Params,
-    arch: ArchSpec,
-    prompts: Sequence[Sequence[int]],
-    key: jax.Array,
-    sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
-    eos_ids: Collection[int] = (),
-    *,
-    max_batch: int = 64,
-    compute: Compute = Compute(),
-    mesh: jax.sharding.Mesh | None = None,
-    new_capacity: int = 0,
-) -> list[Completion]:
-    """A completion for each prompt, in order.
-
-    Prompt i draws from `fold_in(fold_in(key, i), position)`: what else is in the batch changes nothing
-    within a shape bucket. `sampling`: one for all, or one for each. New tokens are limited by its
-    `max_new_tokens` and by the context. Equal prompts that follow each other are read once. `new_capacity`:
-    room for at least so many, so that calls with different limits share their programs.
-    ValueError for an empty prompt, one that fills the context, an id outside the vocabulary, or another
-    number of samplings than of prompts.
-    """
-    if not prompts:
-        return []
-    _check(arch, prompts)
-    each = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
-    if len(each) != len(prompts):
-        raise ValueError(f"sampling: expected one for each of the {len(prompts)} prompts, got {len(each)}")
-    longest = max(map(len, prompts))
-    shape = _Shape(
-        slots=min(max_batch, _round_up(len(prompts), 8)),
-        prompt=min(_round_up(longest, _BUCKET), arch.context),
-        new=_round_up(min(max(new_capacity, *(s.max_new_tokens for s in each)), arch.context), _BUCKET),
+    slots: int = field(32, "sequences served at once")
+    context: int = field(0, "tokens that a slot holds, prompt and answer; 0: the model's context")
+    cache_dtype: Literal["compute", "bfloat16", "float8_e4m3fn", "int8"] = field(
+        "compute", "numbers of the KV cache; the 8-bit ones keep a scale for each position and head"
     )
-    eos_E = jnp.asarray(sorted(eos_ids) or [-1], jnp.int32)
-    with use_mesh(mesh):
-        return _serve(params, arch, prompts, key, each, eos_E, shape, compute)
+    prefill_chunk: int = field(256, "tokens of a prompt that are read at once, so that others need not wait")
+    prefill_tokens: int = field(512, "tokens of all prompts that are read at once")
+    decode_steps: int = field(8, "tokens generated between two looks at who came and who left")
+    interleave: bool = field(True, "generate while prompts are read; false reads all waiting prompts first")
+    elastic: bool = field(True, "use a smaller program while few slots are busy")
+    reuse: int = field(16, "shortest beginning of a prompt, in tokens, to take from another slot; 0 never")
+    min_keys: int = field(64, "positions attended to at least; doubled as sequences grow")
+    logprobs: Report = field(
+        "sampled", "log-probabilities of the distribution sampled from, or of the model before cuts"
+    )
+    speculation: Speculation = field(Speculation(), "tokens proposed and verified together")
+
+    def __post_init__(self):
+        for name in ("slots", "prefill_chunk", "prefill_tokens", "decode_steps", "min_keys"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for name in ("context", "reuse"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
 
-class _Shape(NamedTuple):
-    slots: int
-    prompt: int
-    new: int
+@dataclass
+class EngineStats:
+    """Counters since the engine was made; tokens and calls of programs."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    steps: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class Engine:
+    """Serves jobs on one model. Not for several threads at once.
+
+    `params` may be stacked or split by layer. `draft`: a smaller model with the same vocabulary, which
+    proposes tokens when the configuration's speculation says so.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        arch: ArchSpec,
+        cfg: EngineConfig = EngineConfig(),
+        *,
+        compute: Compute = Compute(),
+        mesh: jax.sharding.Mesh | None = None,
+        draft: tuple[Params, ArchSpec] | None = None,
+    ):
+        self.arch, self.cfg, self.stats = arch, cfg, EngineStats()
+        self.capacity = min(cfg.context or arch.context, arch.context)
+        self._mesh, self._compute = mesh, compute
+        dtype = compute.dtype if cfg.cache_dtype == "compute" else cfg.cache_dtype
+        with use_mesh(mesh):
+            self._params, split = programs.prepare(params, compute, mesh)
+            self._state = State(init_cache(arch, cfg.slots, self.capacity, jnp.dtype(dtype), split), None)
+            self._draft = make_draft(draft, arch, cfg.speculation, cfg.slots, self.capacity, compute, mesh)
+        self._table = SlotTable(cfg.slots, self._rows)
+        self._waiting: deque[Sequence] = deque()
+        self._events: list[Event] = []
+        self._next = 0
 
     @property
-    def group(self) -> int:
-        """Prompts prefilled together: an eighth of the slots, so that a refill wastes little."""
-        return max(1, self.slots // 8)
+    def has_work(self) -> bool:
+        return bool(self._table.owners or self._waiting or self._events)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._table.owners)
 
-def _serve(
-    params: Params,
-    arch: ArchSpec,
-    prompts: Sequence[Sequence[int]],
-    key: jax.Array,
-    sampling: Sequence[SamplingConfig],
-    eos_E: jax.Array,
-    shape: _Shape,
-    compute: Compute,
-) -> list[Completion]:
-    slots = _empty_slots(arch, shape, key, compute, any(s.penalises for s in sampling))
-    static: dict[str, Any] = {
-        "arch": arch,
-        "compute": compute,
-        "truncates": any(s.truncates for s in sampling),
-    }
-    results: list[Completion | None] = [None] * len(prompts)
-    owner: dict[int, int] = {}
-    waiting = list(range(len(prompts)))[::-1]
-    while waiting or owner:
-        free = [s for s in range(shape.slots) if s not in owner]
-        while waiting and free:
-            placed = _place(prompts, waiting, free, shape.group)
-            owner |= placed
-            group = _make_group(arch, prompts, placed, shape, sampling)
-            slots = _prefill(params, slots, group, key, eos_E, **static)
-        wanted = min(shape.group, len(waiting)) if waiting else len(owner)
-        slots = _decode(params, slots, wanted + shape.slots - len(owner), eos_E, **static)
-        for slot, done in enumerate(_collect(slots)):
-            if done is not None and slot in owner:
-                results[owner.pop(slot)] = done
-    assert all(r is not None for r in results)
-    return results  # pyright: ignore[reportReturnType]
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
+    def submit(self, job: Job) -> int:
+        """The job's number, which its events carry. ValueError for a prompt that is empty, fills the context
+        or has an id outside the vocabulary."""
+        self.check(job)
+        limit = min(job.sampling.max_new_tokens, self.capacity - len(job.prompt))
+        sequence = Sequence.make(self._next, job, limit, self.cfg.speculation)
+        self._next += 1
+        self._waiting.append(sequence)
+        return sequence.id
 
-def _collect(slots: Slots) -> list[Completion | None]:
-    """The completion of each slot that is done, else None. The one device-to-host copy of a round."""
-    done, stopped, count, tokens, logps = jax.device_get(
-        (slots.done_B, slots.stopped_B, slots.count_B, slots.tokens_BO, slots.logps_BO)
-    )
-    return [
-        Completion(tokens[b, : count[b]].tolist(), logps[b, : count[b]].tolist(), bool(stopped[b]))
-        if done[b]
-        else None
-        for b in range(len(done))
-    ]
+    def check(self, job: Job) -> None:
+        """ValueError if `submit` would refuse the job."""
+        if not job.prompt:
+            raise ValueError("prompt: expected at least one token, got none; start it with BOS")
+        if len(job.prompt) >= self.capacity:
+            raise ValueError(
+                f"prompt: expected fewer than {self.capacity} tokens (the context), got "
+                f"{len(job.prompt)}; shorten it"
+            )
+        if min(job.prompt) < 0 or max(job.prompt) >= self.arch.vocab_size:
+            raise ValueError(
+                f"prompt: expected ids below {self.arch.vocab_size} (the vocabulary), got "
+                f"{max(job.prompt)}; use the tokenizer that belongs to the model"
+            )
+        if not 0 <= job.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(
+                f"top_logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {job.top_logprobs}; ask for fewer"
+            )
 
+    def cancel(self, job_id: int) -> None:
+        """The job ends without further events; unknown and finished ones are left alone."""
+        self._events = [event for event in self._events if event.job != job_id]
+        for sequence in (*self._waiting, *self._table.owners.values()):
+            if sequence.id == job_id:
+                self.stats.cancelled += 1
+                if sequence.slot < 0:
+                    self._waiting.remove(sequence)
+                else:
+                    self._free(sequence)
 
-def _place(
-    prompts: Sequence[Sequence[int]], waiting: list[int], free: list[int], most: int
-) -> dict[int, int]:
-    """{slot: request} of the next requests, as long as there are slots and their prompts differ in `most`."""
-    placed: dict[int, int] = {}
-    different = 0
-    while waiting and free:
-        new = not placed or prompts[waiting[-1]] != prompts[next(reversed(placed.values()))]
-        if different + new > most:
-            break
-        different += new
-        placed[free.pop()] = waiting.pop()
-    return placed
+    def step(self) -> list[Event]:
+        """One round: waiting jobs into free slots, a chunk of prompts, a few tokens for every sequence.
 
+        What has happened since, in order of its happening; nothing when there is nothing to do.
+        """
+        with use_mesh(self._mesh):
+            self._admit()
+            owners = self._table.owners.values()
+            reading = [s for s in owners if s.is_reading]
+            if reading:
+                self._read(reading)
+            running = [s for s in owners if s.is_running]
+            if running and (self.cfg.interleave or not reading):
+                self._advance(running, bool(reading))
+        events, self._events = self._events, []
+        return events
 
-def _make_group(
-    arch: ArchSpec,
-    prompts: Sequence[Sequence[int]],
-    placed: dict[int, int],
-    shape: _Shape,
-    sampling: Sequence[SamplingConfig],
-) -> Group:
-    # two sizes, so that a refill of few slots does not write them all
-    size = shape.group if len(placed) <= shape.group else shape.slots
-    tokens_RT, length_R = np.zeros((shape.group, shape.prompt), np.int32), np.ones(shape.group, np.int32)
-    slot_M, index_M = np.full(size, _FAR, np.int32), np.zeros(size, np.int32)
-    row_M, limit_M = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    row, last = -1, None
-    for m, (slot, index) in enumerate(placed.items()):
-        prompt = prompts[index]
-        if prompt != last:
-            row, last = row + 1, prompt
-            tokens_RT[row, : len(prompt)], length_R[row] = prompt, len(prompt)
-        row_M[m], slot_M[m], index_M[m] = row, slot, index
-        limit_M[m] = min(sampling[index].max_new_tokens, arch.context - len(prompt))
-    unused = [SamplingConfig()] * (size - len(placed))
-    controls = make_controls([*(sampling[i] for i in placed.values()), *unused])
-    arrays = (tokens_RT, length_R, row_M, slot_M, limit_M, index_M)
-    return Group._make([*map(jnp.asarray, arrays), controls])
+    # Places: a slot for each job, with as much of its prompt as some slot holds already.
 
+    def _admit(self) -> None:
+        while self._waiting and not self._table.full:
+            sequence = self._waiting.popleft()
+            leader = next((s for s in self._table.owners.values() if _reads_for(s, sequence)), None)
+            if leader is None:
+                self._settle(sequence)
+            else:
+                self._table.occupy(sequence, self._table.unused())
+                sequence.leader, sequence.position = leader, len(sequence.job.prompt)
+                leader.twins.append(sequence)
 
-def _empty_slots(arch: ArchSpec, shape: _Shape, key: jax.Array, compute: Compute, penalises: bool) -> Slots:
-    b = shape.slots
-    return Slots(
-        cache=init_cache(arch, b, shape.prompt + shape.new, jnp.dtype(compute.dtype)),
-        last_B=jnp.zeros(b, jnp.int32),
-        position_B=jnp.zeros(b, jnp.int32),
-        count_B=jnp.zeros(b, jnp.int32),
-        limit_B=jnp.zeros(b, jnp.int32),
-        done_B=jnp.ones(b, bool),
-        stopped_B=jnp.zeros(b, bool),
-        keys_B=jax.random.split(key, b),
-        controls=make_controls([SamplingConfig()] * b),
-        seen_BV=jnp.zeros((b, arch.vocab_size), bool) if penalises else None,
-        tokens_BO=jnp.zeros((b, shape.new), jnp.int32),
-        logps_BO=jnp.zeros((b, shape.new), jnp.float32),
-    )
+    def _settle(self, sequence: Sequence) -> None:
+        """Gives a sequence a slot that holds the beginning of its prompt, and leaves it the rest to read."""
+        prompt = sequence.job.prompt
+        slot, source, shared = self._table.choose(prompt, self.cfg.reuse)
+        self._table.occupy(sequence, slot)
+        if source != slot:
+            self._fork([(source, slot)], shared)
+        sequence.position = sequence.cached = shared
+        sequence.pending = list(prompt[shared:])
+        self.stats.cached_tokens += shared
 
+    def _free(self, sequence: Sequence) -> None:
+        self._table.free(sequence, self.stats.steps)
+        if sequence.leader is not None:
+            sequence.leader.twins.remove(sequence)
+        elif sequence.twins:  # cancelled while it read for others: the next of them goes on
+            heir, *others = sequence.twins
+            del self._table.owners[heir.slot]
+            heir.leader, heir.twins = None, others
+            for twin in others:
+                twin.leader = heir
+            self._settle(heir)
 
-@functools.partial(jax.jit, static_argnames=("arch", "compute", "truncates"), donate_argnames=("slots",))
-def _prefill(
-    params: Params,
-    slots: Slots,
-    group: Group,
-    key: jax.Array,
-    eos_E: jax.Array,
-    *,
-    arch: ArchSpec,
-    compute: Compute,
-    truncates: bool,
-) -> Slots:
-    """Reads a group of prompts, writes each into the slots of its requests, and draws their first tokens."""
-    rows, length = group.tokens_RT.shape
-    positions_RT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    ctx = make_context(arch, positions_RT)
-    small = init_cache(arch, rows, length, jnp.dtype(compute.dtype))
-    h_RTD = embed(params, group.tokens_RT, compute)
-    h_RTD, _, small = apply_blocks(params, arch, h_RTD, ctx, cache=small, compute=compute)
-    assert small is not None
-    h_R1D = jnp.take_along_axis(h_RTD, (group.length_R - 1)[:, None, None], axis=1)
-    logits_MV = head(params, arch, h_R1D)[group.row_M, 0]
-    length_M = group.length_R[group.row_M]
-    keys_M = jax.vmap(lambda i: jax.random.fold_in(key, i))(group.index_M)
-    seen_MV = None if slots.seen_BV is None else _occurring(group, arch.vocab_size)
-    tokens_M, logps_M = sample(logits_MV, _at(keys_M, length_M), group.controls, truncates, seen_MV)
-    stopped_M = _is_stop(tokens_M, eos_E)
+    def _fork(self, pairs: ListOf[tuple[int, int]], length: int) -> None:
+        """The first positions of some slots into others, [(from, to), ...]."""
+        room = 1 if len(pairs) == 1 else self.cfg.slots
+        from_M, to_M = np.asarray([*pairs, *[(0, FAR)] * (room - len(pairs))], np.int32).T
+        keys = self._keys(length)
+        self._state = programs.fork(self._state, from_M, to_M, keys=keys)
+        if self._draft:
+            self._draft.fork(from_M, to_M, keys)
 
-    def put(whole: Any, new: jax.Array) -> jax.Array:
-        return whole.at[group.slot_M].set(new, mode="drop")
+    # Shapes: what is rounded up to what.
 
-    return slots._replace(
-        # what a former owner left beyond this prompt is never seen: a key's index must not exceed the query's
-        cache=jax.tree.map(
-            lambda whole, part: whole.at[:, group.slot_M, :length].set(part[:, group.row_M], mode="drop"),
-            slots.cache,
-            small,
-        ),
-        last_B=put(slots.last_B, tokens_M),
-        position_B=put(slots.position_B, length_M),
-        count_B=put(slots.count_B, jnp.ones_like(tokens_M)),
-        limit_B=put(slots.limit_B, group.limit_M),
-        done_B=put(slots.done_B, stopped_M | (group.limit_M <= 1)),
-        stopped_B=put(slots.stopped_B, stopped_M),
-        keys_B=put(slots.keys_B, keys_M),
-        controls=jax.tree.map(put, slots.controls, group.controls),
-        seen_BV=None if seen_MV is None else put(slots.seen_BV, _with(seen_MV, tokens_M)),
-        tokens_BO=slots.tokens_BO.at[group.slot_M, 0].set(tokens_M, mode="drop"),
-        logps_BO=slots.logps_BO.at[group.slot_M, 0].set(logps_M, mode="drop"),
-    )
+    def _rows(self, rows: int) -> int:
+        small = max(4, self.cfg.slots // 8)
+        return small if self.cfg.elastic and rows <= small < self.cfg.slots else self.cfg.slots
 
+    def _keys(self, length: int) -> int:
+        keys = self.cfg.min_keys
+        while keys < length:
+            keys *= 2
+        return min(keys, self.capacity)
 
-@functools.partial(jax.jit, static_argnames=("arch", "compute", "truncates"), donate_argnames=("slots",))
-def _decode(
-    params: Params,
-    slots: Slots,
-    num_done: int | jax.Array,
-    eos_E: jax.Array,
-    *,
-    arch: ArchSpec,
-    compute: Compute,
-    truncates: bool,
-) -> Slots:
-    """Steps all slots until `num_done` of them are done (empty ones count as done)."""
+    def _chunk(self, length: int) -> int:
+        size = _SMALL
+        while size < min(length, self.cfg.prefill_chunk):
+            size *= 2
+        return min(size, self.cfg.prefill_chunk)
 
-    def step(slots: Slots) -> Slots:
-        active_B = ~slots.done_B
-        ctx = make_context(arch, slots.position_B[:, None])
-        h_B1D = embed(params, slots.last_B[:, None], compute)
-        h_B1D, _, cache = apply_blocks(params, arch, h_B1D, ctx, cache=slots.cache, compute=compute)
-        logits_BV = head(params, arch, h_B1D)[:, 0]
-        position_B = slots.position_B + 1
-        keys_B = _at(slots.keys_B, position_B)
-        tokens_B, logps_B = sample(logits_BV, keys_B, slots.controls, truncates, slots.seen_BV)
-        rows_B = jnp.arange(tokens_B.shape[0])
-        write_B = jnp.where(active_B, slots.count_B, _FAR)
-        count_B = slots.count_B + active_B
-        stop_B = active_B & _is_stop(tokens_B, eos_E)
-        return slots._replace(
-            cache=cache,
-            last_B=jnp.where(active_B, tokens_B, slots.last_B),
-            position_B=jnp.where(active_B, position_B, slots.position_B),
-            count_B=count_B,
-            done_B=slots.done_B | stop_B | (count_B >= slots.limit_B),
-            stopped_B=slots.stopped_B | stop_B,
-            seen_BV=None if slots.seen_BV is None else _with(slots.seen_BV, tokens_B),
-            tokens_BO=slots.tokens_BO.at[rows_B, write_B].set(tokens_B, mode="drop"),
-            logps_BO=slots.logps_BO.at[rows_B, write_B].set(logps_B, mode="drop"),
+    def _how(self, sequences: ListOf[Sequence]) -> How:
+        return How(
+            self.arch,
+            self._compute,
+            any(s.job.sampling.truncates for s in sequences),
+            MAX_TOP_LOGPROBS if any(s.job.top_logprobs for s in sequences) else 0,
+            self.cfg.logprobs,
+            self.cfg.decode_steps,
         )
 
-    return jax.lax.while_loop(lambda s: s.done_B.sum() < num_done, step, slots)
+    def _pack(self, sequences: ListOf[Sequence | None]) -> Packed:
+        """Rows of a program; None is an idle one."""
+        busy = [s for s in sequences if s is not None]
+        room = 2
+        while room < max((len(s.job.stop_ids) for s in busy), default=0):
+            room *= 4
+        return programs.pack(
+            [
+                s
+                and (
+                    s.tokens[-1] if s.tokens else 0,
+                    s.position,
+                    s.left,
+                    s.job.sampling,
+                    s.job.key,
+                    s.job.stop_ids,
+                )
+                for s in sequences
+            ],
+            room,
+        )
+
+    def _allowed(self, sequences: ListOf[Sequence | None]) -> np.ndarray | None:
+        """[B, V]; None where no grammar forbids anything."""
+        if not any(s and s.allowed is not None for s in sequences):
+            return None
+        everything = np.ones(self.arch.vocab_size, bool)
+        return np.stack([everything if s is None or s.allowed is None else s.allowed for s in sequences])
+
+    # Rounds of programs.
+
+    def _read(self, reading: ListOf[Sequence]) -> None:
+        """One chunk of the prompts that have waited longest and are of one size."""
+        size = self._chunk(len(reading[0].pending))
+        most = max(1, min(self.cfg.prefill_tokens // size, self.cfg.slots))
+        group = [s for s in reading if self._chunk(len(s.pending)) == size][:most]
+        rows = 1 if self.cfg.elastic and len(group) == 1 else most
+        chunk = Chunk(
+            np.zeros((rows, size), np.int32), *(np.zeros(rows, np.int32) for _ in Chunk._fields[1:])
+        )
+        for r, sequence in enumerate(group):
+            part = sequence.pending[:size]
+            chunk.tokens_RC[r, : len(part)] = part
+            chunk.start_R[r], chunk.length_R[r], chunk.slot_R[r] = sequence.position, len(part), sequence.slot
+        ends = [(r, s) for r, s in enumerate(group) if len(s.pending) <= size]
+        asked = [(r, s) for r, end in ends for s in (end, *end.twins)]
+        keys = self._keys(int((chunk.start_R + chunk.length_R).max()))
+        first = self._first(asked, rows) if asked else None
+        how = self._how([s for _, s in asked])
+        self._state, emitted = programs.extend(self._params, self._state, chunk, first, how=how, keys=keys)
+        if self._draft:
+            self._draft.extend(chunk, keys)
+        self.stats.steps += 1
+        for r, sequence in enumerate(group):
+            sequence.position += int(chunk.length_R[r])
+            self.stats.prompt_tokens += int(chunk.length_R[r])
+            del sequence.pending[:size]
+        if emitted is not None:
+            self._release_twins([end for _, end in ends])
+            self._accept([s for _, s in asked], emitted, after_reading=True)
+
+    def _first(self, asked: ListOf[tuple[int, Sequence]], rows: int) -> First:
+        room = rows if len(asked) <= rows else self.cfg.slots
+        idle = room - len(asked)
+        sequences: list[Sequence | None] = [*(s for _, s in asked), *[None] * idle]
+        seen_MV = None
+        if self._remember():
+            seen_MV = np.zeros((room, self.arch.vocab_size), bool)
+            for m, (_, sequence) in enumerate(asked):
+                seen_MV[m, [*sequence.job.prompt, *sequence.tokens]] = True
+        return First(
+            np.asarray([*(r for r, _ in asked), *[0] * idle], np.int32),
+            np.asarray([*(s.slot for _, s in asked), *[FAR] * idle], np.int32),
+            self._pack(sequences),
+            self._allowed(sequences),
+            seen_MV,
+        )
+
+    def _remember(self) -> bool:
+        """Whether some job's distribution depends on what occurred; makes or drops the room for it."""
+        wanted = any(s.job.sampling.penalises for s in self._table.owners.values())
+        if wanted != (self._state.seen_BV is not None):
+            shape = (self.cfg.slots, self.arch.vocab_size)
+            self._state = self._state._replace(seen_BV=jnp.zeros(shape, bool) if wanted else None)
+        return wanted
+
+    def _release_twins(self, ends: ListOf[Sequence]) -> None:
+        """What was read for several jobs is copied into the slots of the others."""
+        pairs = [(end.slot, twin.slot) for end in ends for twin in end.twins]
+        if pairs:
+            self._fork(pairs, max(end.position for end in ends))
+        for end in ends:
+            for twin in end.twins:
+                twin.leader, twin.cached = None, end.position
+                self.stats.cached_tokens += end.position
+            end.twins = []
+
+    def _advance(self, running: ListOf[Sequence], reading: bool) -> None:
+        """A few tokens for every sequence that has its prompt in the cache."""
+        rows: list[Sequence | None] = [None] * self._rows(max(s.slot for s in running) + 1)
+        for sequence in running:
+            rows[sequence.slot] = sequence
+        self._remember()
+        self.stats.steps += 1
+        constrained = any(s.constraint for s in running)
+        if self.cfg.speculation.kind != "none" and not constrained and self._verify(running, rows):
+            return
+        steps = 1 if reading or constrained else self.cfg.decode_steps
+        if self.cfg.speculation.kind != "none":
+            steps = min(steps, self.cfg.speculation.tokens)
+        steps = min([steps, *(s.thinking.room for s in running if s.thinking)])
+        longest = max(s.position + min(steps, s.left) for s in running) + 1
+        leave = 0
+        if self._waiting:
+            wanted = 1 if self.cfg.interleave else min(max(1, self.cfg.slots // 8), len(self._waiting))
+            leave = max(0, len(running) - wanted) if self._table.full else 0
+        self._state, emitted = programs.decode(
+            self._params,
+            self._state,
+            self._pack(rows),
+            np.int32(steps),
+            np.int32(leave),
+            self._allowed(rows),
+            how=self._how(running),
+            keys=self._keys(longest),
+        )
+        self._accept(rows, emitted)
+
+    def _verify(self, running: ListOf[Sequence], rows: ListOf[Sequence | None]) -> bool:
+        """A step over proposals; False where there are none."""
+        most = self.cfg.speculation.tokens
+        room = {s.slot: min(most, s.left - 1, s.thinking.room - 1 if s.thinking else most) for s in running}
+        proposed_BT = np.zeros((len(rows), most), np.int32)
+        num_B = np.zeros(len(rows), np.int32)
+        keys = self._keys(max(s.position for s in running) + most + 2)
+        packed = self._pack(rows)
+        if self._draft:
+            proposed_BT = self._draft.propose(packed, keys, most)
+            for slot, places in room.items():
+                num_B[slot] = places
+        else:
+            for sequence in running:
+                assert sequence.ngrams is not None
+                found = sequence.ngrams.propose(room[sequence.slot])
+                proposed_BT[sequence.slot, : len(found)] = found
+                num_B[sequence.slot] = len(found)
+        if not num_B.any():
+            return False
+        self._state, emitted = programs.verify(
+            self._params, self._state, packed, proposed_BT, num_B, how=self._how(running), keys=keys
+        )
+        counts = self._accept(rows, emitted)
+        self.stats.proposed_tokens += int(num_B.sum())
+        self.stats.accepted_tokens += int(np.maximum(counts - 1, 0).sum())
+        return True
+
+    # What came out.
+
+    def _accept(
+        self, rows: ListOf[Sequence | None], emitted: Emitted, after_reading: bool = False
+    ) -> np.ndarray:
+        """New tokens to their sequences, in one copy from the device; returns how many came for each row."""
+        count_B, tokens_KB, logps_KB, ids_KBC, top_KBC = jax.device_get(emitted)
+        for b, sequence in enumerate(rows):
+            if sequence is None or not count_B[b]:
+                continue
+            n, top = int(count_B[b]), []
+            if sequence.job.top_logprobs:
+                c = sequence.job.top_logprobs
+                top = [
+                    list(zip(i, p, strict=True))
+                    for i, p in zip(ids_KBC[:n, b, :c].tolist(), top_KBC[:n, b, :c].tolist(), strict=True)
+                ]
+            logps = logps_KB[:n, b].tolist()
+            event = sequence.take(tokens_KB[:n, b].tolist(), logps, top, after_reading)
+            self._events.append(event)
+            self.stats.generated_tokens += len(event.tokens)
+            if event.finish:
+                self.stats.finished += 1
+                self._free(sequence)
+            elif closing := sequence.close_thinking():
+                self._events.append(closing)
+        return count_B
 
 
-def _at(keys_B: jax.Array, position_B: jax.Array) -> jax.Array:
-    """The key with which the token at `position_B` is drawn."""
-    return jax.vmap(jax.random.fold_in)(keys_B, position_B)
-
-
-def _occurring(group: Group, vocab_size: int) -> jax.Array:
-    """Which tokens each request's prompt holds, [M, V]."""
-    rows, length = group.tokens_RT.shape
-    inside_RT = jnp.arange(length) < group.length_R[:, None]
-    tokens_RT = jnp.where(inside_RT, group.tokens_RT, _FAR)
-    seen_RV = jnp.zeros((rows, vocab_size), bool)
-    return seen_RV.at[jnp.arange(rows)[:, None], tokens_RT].set(True, mode="drop")[group.row_M]
-
-
-def _with(seen_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    return seen_BV.at[jnp.arange(tokens_B.shape[0]), tokens_B].set(True)
-
-
-def _is_stop(tokens_B: jax.Array, eos_E: jax.Array) -> jax.Array:
-    return (tokens_B[:, None] == eos_E).any(-1)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _check(arch: ArchSpec, prompts: Sequence[Sequence[int]]) -> None:
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i}: expected at least one token, got none; start it with BOS")
-        if len(prompt) >= arch.context:
-            raise ValueError(
-                f"prompt {i}: expected fewer than {arch.context} tokens (the context), got "
-                f"{len(prompt)}; shorten it"
-            )
-        if min(prompt) < 0 or max(prompt) >= arch.vocab_size:
-            raise ValueError(
-                f"prompt {i}: expected ids below {arch.vocab_size} (the vocabulary), got {max(prompt)}; "
-                "use the tokenizer that belongs to the model"
-            )
+def _reads_for(sequence: Sequence, other: Sequence) -> bool:
+    """Whether a sequence is reading the very prompt that another one waits for."""
+    return sequence.is_reading and not sequence.tokens and sequence.job.prompt == other.job.prompt

@@ -5,10 +5,11 @@ Shape letter: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from nemojax.generate.sampling import SamplingConfig
@@ -74,3 +75,42 @@ class Event(NamedTuple):
     top: list[list[tuple[int, float]]]
     finish: Finish | None
     cached: int
+
+
+class ThinkingCounter:
+    """Counts the tokens of one sequence between the think tags, as far as its budget asks."""
+
+    def __init__(self, budget: ThinkingBudget, prompt: tuple[int, ...]):
+        self._budget, self._used = budget, 0
+        self._longest = max(len(budget.start), len(budget.end))
+        self._inside, self._tail = False, []
+        self.feed(prompt)
+        self._used = 0
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._tail = [*self._tail[1 - self._longest :], token] if self._longest > 1 else [token]
+            self._used += self._inside
+            if self._ends_with(self._budget.start):
+                self._inside = True
+            elif self._ends_with(self._budget.end):
+                self._inside = False
+
+    def _ends_with(self, ids: tuple[int, ...]) -> bool:
+        return tuple(self._tail[-len(ids) :]) == ids
+
+    @property
+    def exhausted(self) -> bool:
+        return self._inside and self._used >= self._budget.tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens that can come, whatever they are, before a look is due; at least 1."""
+        return max(1, self._budget.tokens - self._used)
+
+
+def job_key(seed: int, sample: int = 0) -> tuple[int, int]:
+    """The key of a sample: that of `fold_in(key(seed), sample)`."""
+    words = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample))
+    high, low = np.asarray(words).tolist()
+    return high, low

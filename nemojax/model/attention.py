@@ -64,25 +64,28 @@ def attend_packed(
 
 
 def attend_cached(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ctx: Context, spec: Attention
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, ctx: Context, spec: Attention
 ) -> jax.Array:
     """Attention of new tokens over a cache whose key index is its position; returns [B, T, N, H]."""
-    keys_S = jnp.arange(k_BSKH.shape[1])
+    keys_S = jnp.arange(k_BKSH.shape[2])
     query_BT1 = ctx.positions_BT[:, :, None]
     mask_BTS = keys_S[None, None, :] <= query_BT1
     if spec.window is not None:
         mask_BTS &= query_BT1 - keys_S[None, None, :] < spec.window
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return masked_attention(q_BTNH, k_BKSH, v_BKSH, mask_BTS, "BKSH")
 
 
 def masked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+    q_BTNH: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, layout: str = "BSKH"
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v with the softmax in f32; a masked score is -inf in effect."""
+    """softmax(q k / sqrt(H)) v with the softmax in f32; a masked score is -inf in effect. [B, T, N, H]
+
+    `layout`: the dimensions of `k` and `v` in order.
+    """
     b, t, n, h = q_BTNH.shape
-    k_heads = k_BSKH.shape[2]
+    k_heads = k.shape[layout.index("K")]
     q_BTKGH = (q_BTNH * (h**-0.5)).reshape(b, t, k_heads, n // k_heads, h)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.einsum(f"BTKGH,{layout}->BKGTS", q_BTKGH, k, preferred_element_type=jnp.float32)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(b, t, n, h)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v.dtype)
+    return jnp.einsum(f"BKGTS,{layout}->BTKGH", weights_BKGTS, v).reshape(b, t, n, h)

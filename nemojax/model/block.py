@@ -36,7 +36,7 @@ AXES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]] = {
     "down": (("mlp", "embed"), (0,)),
 }
 
-# Writes the new keys and values of this layer into the cache and gives back all of them.
+# Writes the new keys and values of this layer into the cache and gives back all that are seen, [B, K, S, H].
 CacheUpdate = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 Capture = dict[str, jax.Array]
 
@@ -85,8 +85,8 @@ class AttentionBlock(SubBlock):
         k_BTKH = rotate(k_BTKH, ctx.cos_BTP, ctx.sin_BTP)
         if update is None:
             return attend_packed(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
-        k_BSKH, v_BSKH = update(k_BTKH, v_BTKH)
-        return attend_cached(q_BTNH, k_BSKH.astype(x.dtype), v_BSKH.astype(x.dtype), ctx, spec)
+        k_BKSH, v_BKSH = update(k_BTKH, v_BTKH)
+        return attend_cached(q_BTNH, k_BKSH, v_BKSH, ctx, spec)
 
     def project(self, heads_BTNH: jax.Array) -> jax.Array:
         return matmul("BTNH,NHD->BTD", heads_BTNH, self.weight("o", heads_BTNH.dtype))

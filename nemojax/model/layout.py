@@ -45,6 +45,21 @@ def unstack(params: Mapping[str, Any], arch: ArchSpec) -> dict[str, Any]:
     return out
 
 
+def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The in-memory tree with a tuple of layers for each run, for programs that do not scan over them.
+
+    A copy of the weights. On a CPU, a step that decodes would else copy each layer out of its stack anew.
+    """
+
+    def split(run: Any) -> tuple[Any, ...]:
+        if isinstance(run, tuple):
+            return run
+        layers = jax.tree.leaves(run)[0].shape[0]
+        return tuple(jax.tree.map(lambda leaf, j=j: leaf[j], run) for j in range(layers))
+
+    return {**params, "runs": {name: split(run) for name, run in params["runs"].items()}}
+
+
 def layer_params(params: Mapping[str, Any], arch: ArchSpec, layer: int) -> dict[str, Any]:
     """One block's weights without the layer axis; {} for an empty layer."""
     for i, run in enumerate(arch.runs()):

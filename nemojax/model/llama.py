@@ -22,7 +22,7 @@ from nemojax.backends.matmul import matmul
 from nemojax.config import field
 from nemojax.model.attention import Context, make_context
 from nemojax.model.block import apply_block, block_axes, init_block, rms_norm
-from nemojax.model.cache import Cache
+from nemojax.model.cache import Cache, Layer, Window, read, write
 from nemojax.model.layout import run_name
 from nemojax.sharding import constrain, shardings_of
 
@@ -120,19 +120,20 @@ def apply_blocks(
     start: int = 0,
     stop: int | None = None,
     taps: tuple[int, ...] = (),
-    cache: Cache | None = None,
+    window: Window | None = None,
     compute: Compute = Compute(),
 ) -> tuple[jax.Array, Taps, Cache | None]:
     """Layers start..stop on the residual stream.
 
     Returns (h after them, {layer: h after that layer} for the layers in `taps`, cache). An empty layer's
-    tap is the stream at that point. With a cache the tokens are new ones at `ctx.positions_BT`; their
-    keys and values are written there.
+    tap is the stream at that point. With a window on a cache the tokens are new ones at
+    `ctx.positions_BT`; their keys and values are written there. `params` may be split by layer
+    (`layout.split_layers`), a cache then is too.
     """
     stop = arch.num_layers if stop is None else stop
     sources = {layer: _last_real_layer(arch, layer, start) for layer in taps}
     outputs: dict[int | None, jax.Array] = {None: h_BTD}
-    cache = dict(cache) if cache is not None else None
+    cache = dict(window.cache) if window is not None else None
     for i, run in enumerate(arch.runs()):
         inside = [j for j, layer in enumerate(run.layers) if start <= layer < stop]
         if not inside:
@@ -140,10 +141,10 @@ def apply_blocks(
         name, first, last = run_name(i), inside[0], inside[-1] + 1
         weights = params["runs"][name]
         if (first, last) != (0, len(run.layers)):
-            weights = jax.tree.map(lambda w, a=first, b=last: w[a:b], weights)
+            weights = _layers_of(weights, first, last)
         part = Run(run.spec, run.layers[first:last])
-        if cache is not None and name in cache:
-            h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, cache[name], first)
+        if window is not None and cache is not None and name in cache:
+            h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, window, name, first)
         else:
             wanted = [j for j, layer in enumerate(part.layers) if layer in sources.values()]
             h_BTD, after = _run(arch, part, weights, h_BTD, ctx, compute, bool(wanted))
@@ -188,6 +189,12 @@ def batch_context(arch: ArchSpec, batch: Mapping[str, jax.Array]) -> Context:
     return make_context(arch, positions_BT, batch.get("segments"))
 
 
+def _layers_of(weights: Any, first: int, last: int) -> Any:
+    if isinstance(weights, tuple):
+        return weights[first:last]
+    return jax.tree.map(lambda w: w[first:last], weights)
+
+
 def _run(
     arch: ArchSpec, run: Run, weights: Any, h_BTD: jax.Array, ctx: Context, compute: Compute, wanted: bool
 ) -> tuple[jax.Array, Any]:
@@ -195,6 +202,11 @@ def _run(
         h = apply_block(arch, run.spec, w, h, ctx)
         return h, h if wanted else None
 
+    if isinstance(weights, tuple):
+        outputs = [h_BTD]
+        for w in weights:
+            outputs.append(apply_block(arch, run.spec, w, outputs[-1], ctx))
+        return outputs[-1], outputs[1:]
     match compute.remat:
         case "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -204,29 +216,42 @@ def _run(
 
 
 def _run_cached(
-    arch: ArchSpec, run: Run, weights: Any, h_BTD: jax.Array, ctx: Context, cache: dict, first: int
-) -> tuple[jax.Array, dict]:
-    # the cache is carried, not scanned over: XLA then updates it in place instead of copying it
-    rows_B1 = jnp.arange(h_BTD.shape[0])[:, None]
+    arch: ArchSpec,
+    run: Run,
+    weights: Any,
+    h_BTD: jax.Array,
+    ctx: Context,
+    window: Window,
+    name: str,
+    first: int,
+) -> tuple[jax.Array, Any]:
+    """A run over its part of the cache: (h after it, that part with the new keys and values)."""
+    num_rows = h_BTD.shape[0]
+    rows_B = jnp.arange(num_rows) if window.rows_B is None else window.rows_B
 
-    def body(carry: tuple, x: tuple) -> tuple[tuple, None]:
-        h, k_all, v_all = carry
-        w, j = x
-        written: dict[str, jax.Array] = {}
+    def one(h: jax.Array, w: Any, layer: Layer, index: jax.Array | None) -> tuple[jax.Array, Layer]:
+        written: list[Layer] = []
 
         def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-            for name, whole, new in (("k", k_all, k_BTKH), ("v", v_all, v_BTKH)):
-                written[name] = whole.at[j, rows_B1, ctx.positions_BT].set(
-                    new.astype(whole.dtype), mode="drop"
-                )
-            return written["k"][j], written["v"][j]
+            written.append(write(layer, {"k": k_BTKH, "v": v_BTKH}, rows_B, ctx.positions_BT, index))
+            return read(written[0], window, num_rows, h.dtype, index)
 
         h = apply_block(arch, run.spec, w, h, ctx, update=update)
-        return (h, written["k"], written["v"]), None
+        return h, written[0]
 
-    layers = jnp.arange(first, first + len(run.layers))
-    (h_BTD, k, v), _ = jax.lax.scan(body, (h_BTD, cache["k"], cache["v"]), (weights, layers))
-    return h_BTD, {"k": k, "v": v}
+    part = window.cache[name]
+    if isinstance(weights, tuple):
+        layers = list(part)
+        for j, w in enumerate(weights):
+            h_BTD, layers[first + j] = one(h_BTD, w, part[first + j], None)
+        return h_BTD, tuple(layers)
+
+    # the cache is carried, not scanned over: XLA then updates it in place instead of copying it
+    def body(carry: tuple, x: tuple) -> tuple[tuple, None]:
+        return one(carry[0], x[0], carry[1], x[1]), None
+
+    indices = jnp.arange(first, first + len(run.layers))
+    return jax.lax.scan(body, (h_BTD, part), (weights, indices))[0]
 
 
 def _last_real_layer(arch: ArchSpec, layer: int, start: int) -> int | None:

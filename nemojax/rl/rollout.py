@@ -19,7 +19,7 @@ from nemojax.data.examples import Example
 from nemojax.data.packing import make_batch
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.evaluate.tasks import save_records
-from nemojax.generate.engine import Completion, generate
+from nemojax.generate.completions import Completion, generate
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import Grade, Question, Thinking, grade, text_of

@@ -10,8 +10,9 @@ import pytest
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.data.examples import Example
 from nemojax.data.packing import row_per_example
-from nemojax.generate import engine
-from nemojax.generate.engine import generate
+from nemojax.generate.completions import complete, generate
+from nemojax.generate.engine import Engine, EngineConfig
+from nemojax.generate.jobs import Job, job_key
 from nemojax.generate.sampling import SamplingConfig, log_distribution, make_controls, sample
 from nemojax.model.llama import apply, init_params, param_shardings
 from nemojax.rl.loss import policy_logps
@@ -149,7 +150,7 @@ def test_samples_follow_the_distribution():
     n = 4000
     controls = make_controls([SamplingConfig(temperature=0.5, top_k=3)] * n)
     keys = jax.random.split(jax.random.key(0), n)
-    tokens, logps = sample(jnp.tile(logits, (n, 1)), keys, controls, True)
+    tokens, logps = sample(jnp.tile(logits, (n, 1)), keys, controls)[:2]
     want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / n, want, atol=0.03)
     np.testing.assert_allclose(np.exp(logps), want[tokens], rtol=1e-5)
@@ -217,26 +218,22 @@ def test_every_request_has_its_own_settings(params):
         generate(params, ARCH, prompts, key, settings[:5])
 
 
-def test_a_shared_prompt_is_read_once(params, monkeypatch):
-    """Answers to equal prompts are those to prompts read one by one, and far fewer are read."""
-    rows = []
-    make = engine._make_group
-
-    def count(*args):
-        group = make(*args)
-        rows.append(len({tuple(t) for t in np.asarray(group.tokens_RT)[np.unique(group.row_M)].tolist()}))
-        return group
-
-    monkeypatch.setattr(engine, "_make_group", count)
+def test_a_shared_prompt_is_read_once(params):
+    """Answers to equal prompts are those to prompts read one by one, and each prompt is read once a wave."""
     prompts = [p for p in make_prompts(4, seed=6) for _ in range(8)]
     sampling, key = SamplingConfig(max_new_tokens=16), jax.random.key(5)
     shared = generate(params, ARCH, prompts, key, sampling, [EOS], max_batch=16)
-    assert sum(rows) <= 8  # four prompts, each in at most two halves
     # in another order no prompt follows itself; request 0 has the same key in both
     mixed = [prompts[8 * (i % 4)] for i in range(32)]
-    rows.clear()
     apart = generate(params, ARCH, mixed, key, sampling, [EOS], max_batch=16)
-    assert sum(rows) == 32 and apart[0] == shared[0]
+    assert apart[0] == shared[0]
+    engine = Engine(params, ARCH, EngineConfig(slots=16, interleave=False, reuse=0))
+    jobs = [Job(tuple(p), sampling, job_key(0, i)) for i, p in enumerate(prompts)]
+    out = complete(engine, jobs)
+    assert engine.stats.prompt_tokens < sum(map(len, prompts)) / 2
+    assert engine.stats.prompt_tokens + engine.stats.cached_tokens == sum(map(len, prompts))
+    alone = Engine(params, ARCH, EngineConfig(slots=16, elastic=False, reuse=0))
+    assert [complete(alone, [job])[0].tokens for job in jobs[::5]] == [c.tokens for c in out[::5]]
 
 
 @pytest.mark.parametrize(
