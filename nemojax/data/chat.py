@@ -6,6 +6,8 @@ sampler sees it (prompt first, then what the model writes), so the mask falls on
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,27 +26,31 @@ from nemojax.data.tokenizer import (
     Tokenizer,
     compile_template,
 )
+from nemojax.data.tools import Tool, call_of_message, check_tools
 
+TOOL = "tool"  # the role of what a tool returned
 THINKING_ON, THINKING_OFF = THINKING[True], THINKING[False]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Messages {"role", "content"} and the toggle: True, False, or None to leave the system text alone.
 
-    where: `file:line` that it was read from, for errors.
+    An assistant's message may have OpenAI's `tool_calls`, and results follow it in messages of role tool.
+    `tools` are those that the system text describes. where: `file:line` that it was read from, for errors.
     """
 
     messages: tuple[Message, ...]
     thinking: bool | None = None
     where: str = field(default="", compare=False)
+    tools: tuple[Tool, ...] = ()
 
     @property
     def question(self) -> str:
         """What the user says: a question answered twice, thinking and not, is held out or trained as one."""
         said = [m for m in self.messages if m["role"] == "user"] or self.messages
-        return "\n\n".join(f"{m['role']}: {m['content'].strip()}" for m in said)
+        return "\n\n".join(f"{m['role']}: {(m.get('content') or '').strip()}" for m in said)
 
 
 def with_toggle(messages: Sequence[Message], thinking: bool | None) -> list[Message]:
@@ -60,28 +66,62 @@ def with_toggle(messages: Sequence[Message], thinking: bool | None) -> list[Mess
     return [{"role": "system", "content": f"{toggle}\n\n{text}" if text else toggle}, *messages[1:]]
 
 
-def render(tokenizer: Tokenizer, messages: Sequence[Message], generation: bool = False) -> str:
-    """The text of a conversation; `generation` adds the header of the assistant's turn."""
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Message], generation: bool = False, tools: Sequence[Tool] = ()
+) -> str:
+    """The text of a conversation; `generation` adds the header of the assistant's turn.
+
+    ValueError if the checkpoint's own template refuses it, or knows no tools where there are some.
+    """
     import jinja2
 
-    template = compile_template(tokenizer.chat_template or CHAT_TEMPLATE)
+    source = tokenizer.chat_template or CHAT_TEMPLATE
+    if tools and "tools" not in source:
+        raise ValueError(
+            f"{tokenizer.path}: expected a chat template that describes tools, got one that does not; "
+            "ask without tools or replace chat_template.jinja"
+        )
+    given = [dict(m) for m in messages] if source == CHAT_TEMPLATE else [_with_objects(m) for m in messages]
     try:
-        return template.render(
-            messages=[dict(m) for m in messages],
+        return compile_template(source).render(
+            messages=given,
+            tools=[dict(tool) for tool in tools] or None,
             add_generation_prompt=generation,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{tokenizer.path}: the chat template refuses this conversation ({error})"
         ) from error
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool | None = None) -> str:
+def _with_objects(message: Message) -> dict[str, Any]:
+    """The message as templates of others expect it: arguments are objects, and there is a content.
+
+    Ours keeps arguments that are JSON text as the model wrote them, so that the cache knows the prompt.
+    """
+    if not message.get("tool_calls"):
+        return dict(message)
+    calls = [call_of_message(call, "tool_calls") for call in message["tool_calls"]]
+    own = [call if "function" in call else {"function": call} for call in message["tool_calls"]]
+    functions = [
+        {**call, "type": "function", "function": {"name": name, "arguments": json.loads(arguments)}}
+        for call, (name, arguments) in zip(own, calls, strict=True)
+    ]
+    return {**message, "content": message.get("content") or "", "tool_calls": functions}
+
+
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    thinking: bool | None = None,
+    tools: Sequence[Tool] = (),
+) -> str:
     """The text that the assistant continues."""
     check_messages(messages, "prompt")
-    return render(tokenizer, with_toggle(messages, thinking), generation=True)
+    check_tools(tools)
+    return render(tokenizer, with_toggle(messages, thinking), generation=True, tools=tools)
 
 
 def encode_prompt(
@@ -89,9 +129,10 @@ def encode_prompt(
     messages: Sequence[Message],
     thinking: bool | None = None,
     limit: int | None = None,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """Ids of the prompt; ValueError if it has more than `limit` tokens (the context less room to answer)."""
-    ids = tokenizer.encode(render_prompt(tokenizer, messages, thinking))
+    ids = tokenizer.encode(render_prompt(tokenizer, messages, thinking, tools))
     check_length(len(ids), limit, "prompt")
     return ids
 
@@ -103,18 +144,86 @@ def check_length(num_tokens: int, limit: int | None, where: str) -> None:
 
 
 def check_messages(messages: Sequence[Message], where: str) -> None:
-    """ValueError unless every message has a known role and text, and a system text comes first only."""
+    """ValueError unless every message has a known role and text, a system text comes first only, and tool
+    results follow calls. An assistant's message with `tool_calls` needs no content (None or absent)."""
     if not messages:
         raise ValueError(f"{where}: expected at least one message, got none")
+    before: Message = {}
     for index, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
+        role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+        has_text = isinstance(content, str) or (content is None and bool(calls))
+        if not isinstance(role, str) or role not in (*ROLES, TOOL) or not has_text:
             raise ValueError(
-                f"{where}: expected messages of role {', '.join(ROLES)} with text content, "
+                f"{where}: expected messages of role {', '.join((*ROLES, TOOL))} with text content, "
                 f"got {dict(message)!r:.80} at {index}"
             )
         if role == "system" and index:
             raise ValueError(f"{where}: expected the system message first, got it at {index}")
+        if role == TOOL and not (before.get("role") == TOOL or before.get("tool_calls")):
+            raise ValueError(f"{where}: expected a tool's result after tool_calls, got one at {index}")
+        if calls and (role != "assistant" or not isinstance(calls, Sequence) or isinstance(calls, str)):
+            raise ValueError(
+                f"{where}: expected a list of tool_calls in an assistant's message, got {calls!r:.80} "
+                f"at {index}"
+            )
+        for call in calls or ():
+            call_of_message(call, f"{where}: message {index}")
+        before = message
+
+
+def plain_messages(given: Any, where: str = "messages") -> tuple[Message, ...]:
+    """Messages as OpenAI's clients send them -> as the rest of this file takes them, checked.
+
+    Content may be a list of {"type": "text", "text"} parts (joined by newlines), `developer` is the system,
+    results come in the order of their calls, and fields that no template reads are dropped. ValueError for
+    anything else.
+    """
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(f"{where}: expected a list of messages, got {given!r:.80}")
+    messages: list[dict[str, Any]] = []
+    for index, message in enumerate(given):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where}: expected messages that are objects, got {message!r:.80} at {index}")
+        plain = {
+            key: message[key] for key in ("role", "content", "tool_calls", "tool_call_id") if key in message
+        }
+        plain["content"] = _plain_text(message.get("content"), f"{where}: message {index}")
+        if plain.get("role") == "developer":
+            plain["role"] = "system"
+        if not plain.get("tool_calls"):
+            plain.pop("tool_calls", None)
+        messages.append(plain)
+    check_messages(messages, where)
+    return tuple(_results_in_order(messages))
+
+
+def _plain_text(content: Any, where: str) -> Any:
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if (
+            not isinstance(part, Mapping)
+            or part.get("type") != "text"
+            or not isinstance(part.get("text"), str)
+        ):
+            raise ValueError(
+                f'{where}: expected parts like {{"type": "text", "text": ...}}, got {part!r:.80}'
+            )
+    return "\n".join(part["text"] for part in content)
+
+
+def _results_in_order(messages: Sequence[Message]) -> list[Message]:
+    """Tool results sorted like the calls before them, where ids tell: what the model reads has no ids."""
+    ordered: list[Message] = []
+    places: dict[Any, int] = {}
+    for is_result, run in itertools.groupby(messages, lambda m: m["role"] == TOOL):
+        group = list(run)
+        if is_result and all(m.get("tool_call_id") in places for m in group):
+            group.sort(key=lambda m: places[m["tool_call_id"]])
+        calls = group[-1].get("tool_calls") or ()
+        places = {call.get("id"): place for place, call in enumerate(calls)}
+        ordered += group
+    return ordered
 
 
 def _parts(tokenizer: Tokenizer, conversation: Conversation, where: str) -> list[tuple[str, bool]]:
@@ -126,8 +235,8 @@ def _parts(tokenizer: Tokenizer, conversation: Conversation, where: str) -> list
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        head = render(tokenizer, messages[:index], generation=True)
-        whole = render(tokenizer, messages[: index + 1])
+        head = render(tokenizer, messages[:index], generation=True, tools=conversation.tools)
+        whole = render(tokenizer, messages[: index + 1], tools=conversation.tools)
         if not (head.startswith(done) and whole.startswith(head)):
             raise ValueError(
                 f"{where}: the chat template changes earlier turns, so no loss mask is exact; "
@@ -207,6 +316,12 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     return (reasoning.strip(), "") if opened else (None, text.strip())
 
 
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends in an open `<think>`, as some templates do: the answer then begins
+    with reasoning, and only `THINK + answer` splits as it should."""
+    return prompt.rstrip().endswith(THINK)
+
+
 def answer_with_thinking(reasoning: str, content: str) -> str:
     """The assistant's text with its reasoning between think tags: the inverse of `split_thinking`."""
     return f"{THINK}{reasoning}{END_THINK}{content}"
@@ -216,7 +331,7 @@ def load_conversations(path: str | Path) -> list[Conversation]:
     """Conversations of JSONL files; `path` is a file, a directory or a pattern.
 
     Rows are {"messages": [...], "thinking": true|false|absent} or {"input", "output", "reasoning":
-    "on"|"off"}; ValueError with file and line for anything else.
+    "on"|"off"}, and "tools" if there are some; ValueError with file and line for anything else.
     """
     found = [conversation_from_row(row, where) for where, row in read_jsonl_rows(path)]
     if not found:
@@ -240,7 +355,9 @@ def conversation_from_row(row: Mapping[str, Any], where: str) -> Conversation:
     if not (thinking is None or isinstance(thinking, bool)):
         raise ValueError(f"{where}: expected thinking to be true or false, got {thinking!r}")
     check_messages(given, where)
-    return Conversation(tuple(given), thinking, where)
+    tools = row.get("tools") or ()
+    check_tools(tools, f"{where}: tools")
+    return Conversation(tuple(given), thinking, where, tuple(tools))
 
 
 def conversations(pairs: Iterable[tuple[str, str]], thinking: bool | None = None) -> list[Conversation]:

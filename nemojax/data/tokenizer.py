@@ -49,10 +49,46 @@ CHAT_TEMPLATE = """\
     {%- set system = 'detailed thinking ' + ('off' if off else 'on') %}
     {%- set turns = messages %}
 {%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + system + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + system }}
+{%- if tools is defined and tools %}
+    {{- '\\n\\nYou can call tools. These are there, each with the JSON schema of its parameters:\\n' }}
+    {{- '<AVAILABLE_TOOLS>[' }}
+    {%- for tool in tools %}
+        {{- (', ' if not loop.first else '') + (tool['function'] or tool) | tojson }}
+    {%- endfor %}
+    {{- ']</AVAILABLE_TOOLS>\\n\\n' }}
+    {{- 'To call some, write their names and arguments as JSON between these tags:\\n' }}
+    {{- '<TOOLCALL>[{"name": "a_tool", "arguments": {"a_parameter": "a value"}}]</TOOLCALL>\\n\\n' }}
+    {{- 'What they return comes back, in the same order, as <TOOL_RESPONSE>[...]</TOOL_RESPONSE>. ' }}
+    {{- 'If no tool helps, or the results suffice, answer in words.' }}
+{%- endif %}
+{{- '<|eot_id|>' }}
 {%- for message in turns %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] + '<|eot_id|>' }}
+    {%- if message['role'] == 'tool' %}
+        {%- if loop.first or loop.previtem['role'] != 'tool' %}
+            {{- '<|start_header_id|>user<|end_header_id|>\\n\\n<TOOL_RESPONSE>[' }}
+        {%- else %}
+            {{- ', ' }}
+        {%- endif %}
+        {{- message['content'] }}
+        {%- if loop.last or loop.nextitem['role'] != 'tool' %}
+            {{- ']</TOOL_RESPONSE><|eot_id|>' }}
+        {%- endif %}
+    {%- else %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {%- if message['tool_calls'] %}
+            {{- (message['content'] or '') + '<TOOLCALL>[' }}
+            {%- for call in message['tool_calls'] %}
+                {%- set call = call['function'] or call %}
+                {%- set given = call['arguments'] or {} %}
+                {{- (', ' if not loop.first else '') + '{"name": ' + call['name'] | tojson }}
+                {{- ', "arguments": ' + (given if given is string else given | tojson) + '}' }}
+            {%- endfor %}
+            {{- ']</TOOLCALL><|eot_id|>' }}
+        {%- else %}
+            {{- message['content'] + '<|eot_id|>' }}
+        {%- endif %}
+    {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -126,9 +162,27 @@ class Tokenizer:
         """The token of an id as the vocabulary writes it."""
         return self._rust.id_to_token(index)
 
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out."""
+        added = self._rust.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    @functools.cached_property
+    def byte_level(self) -> bool:
+        """Whether a text is its tokens' bytes one after the other, each byte written as a letter."""
+        decoder = self._rust.decoder
+        return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; special tokens written in it are recognised, none are added."""
-        return self._rust.encode(text, add_special_tokens=False).ids
+        """Ids of a text; special tokens written in it are recognised, none are added.
+
+        ValueError for half of a surrogate pair, which JSON can spell but no text holds.
+        """
+        try:
+            return self._rust.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(f"text: expected whole Unicode characters, got {text!r:.80}") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, in parallel."""
