@@ -1,107 +1,125 @@
-"""Generating with a 5.2M-parameter Llama: nemojax beside transformers on the same CPU.
+"""Generating with a 5.2M-parameter Llama: nemojax beside transformers and Tunix on the same CPU.
 
-    python tests/benchmarks/generate.py [--rounds=5]
+    python -m venv .venv-tunix && .venv-tunix/bin/pip install google-tunix==0.1.7
+    python tests/benchmarks/generate.py [--rounds=5] [--tunix_python=.venv-tunix/bin/python]
 
-32 prompts of 16 tokens, 64 new tokens each, no stop id, drawn at temperature 1, f32. The two run in
-alternating subprocesses, each warmed up; the medians over rounds of generated tokens per second, of CPU
-seconds and of their ratio are printed.
+32 prompts of 16 tokens, 64 new tokens each, no stop id, drawn at temperature 1 from the whole vocabulary,
+f32. Each has a cache just large enough; --tunix_cache gives Tunix a larger one. They run in alternating subprocesses, each warmed up; a run is the median of five batches. Printed are
+medians over rounds of generated tokens per second and of CPU seconds a batch, and of the ratios.
 """
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
-SHAPE = {"vocab": 1024, "dim": 256, "layers": 6, "heads": 8, "kv_heads": 4, "ffn": 768}
+from tests.benchmarks import model
+from tests.benchmarks.alternate import Contender, Numbers, compare, make_parser, timed
+
 ROWS, PROMPT, NEW, REPEATS = 32, 16, 64, 5
 
 
-def run_jax() -> dict[str, float]:
+def run_jax(args: argparse.Namespace) -> Numbers:
     import jax
-    import numpy as np
 
-    from nemojax.arch import uniform
-    from nemojax.generate.engine import generate
+    from nemojax.generate.completions import generate
     from nemojax.generate.sampling import SamplingConfig
     from nemojax.model.llama import init_params
 
-    arch = uniform(
-        vocab_size=SHAPE["vocab"],
-        dim=SHAPE["dim"],
-        num_layers=SHAPE["layers"],
-        num_heads=SHAPE["heads"],
-        num_kv_heads=SHAPE["kv_heads"],
-        ffn_width=SHAPE["ffn"],
-        context=PROMPT + NEW,
-    )
+    arch = model.our_arch(PROMPT + NEW)
     params = init_params(arch, jax.random.key(0))
-    prompts = np.random.default_rng(0).integers(0, SHAPE["vocab"], (ROWS, PROMPT)).tolist()
-    sampling = SamplingConfig(max_new_tokens=NEW)
-    return timed(lambda: generate(params, arch, prompts, jax.random.key(1), sampling, max_batch=ROWS))
+    prompts, sampling = make_prompts(), SamplingConfig(max_new_tokens=NEW)
+
+    def once() -> int:
+        done = generate(params, arch, prompts, jax.random.key(1), sampling, max_batch=ROWS)
+        return sum(len(completion.tokens) for completion in done)
+
+    return measure(once)
 
 
-def run_torch() -> dict[str, float]:
+def run_torch(args: argparse.Namespace) -> Numbers:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SHAPE["vocab"],
-        hidden_size=SHAPE["dim"],
-        intermediate_size=SHAPE["ffn"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["kv_heads"],
-        max_position_embeddings=PROMPT + NEW,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model: Any = LlamaForCausalLM(config).eval()
-    prompts = torch.randint(1, SHAPE["vocab"], (ROWS, PROMPT))
+    llama: Any = model.torch_model(PROMPT + NEW).eval()
+    prompts = torch.tensor(make_prompts())
     mask = torch.ones_like(prompts)
-    return timed(
-        lambda: model.generate(
-            prompts, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, min_new_tokens=NEW
-        )
-    )
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    return measure(lambda: llama.generate(prompts, attention_mask=mask, **options)[:, PROMPT:].numel())
 
 
-def timed(once) -> dict[str, float]:
-    once()
-    walls, start = [], time.process_time()
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        once()
-        walls.append(time.perf_counter() - begin)
-    cpu = (time.process_time() - start) / REPEATS
-    return {"tokens_per_second": ROWS * NEW / statistics.median(walls), "cpu_seconds": cpu}
+class Words:
+    """A tokenizer of ids written as numbers: Tunix's sampler takes text."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def bos_id(self) -> int:
+        return 0  # none is put before the prompt then
+
+    def eos_id(self) -> int:
+        return -1
+
+    def pad_id(self) -> int:
+        return 0
+
+
+def run_tunix(args: argparse.Namespace) -> Numbers:
+    from tunix.generate.sampler import CacheConfig, Sampler  # pyright: ignore[reportMissingImports]
+
+    cache = CacheConfig(args.tunix_cache, model.LAYERS, model.KV_HEADS, model.DIM // model.HEADS)
+    sampler = Sampler(model.tunix_model(), Words(), cache)
+    prompts = [" ".join(map(str, row)) for row in make_prompts()]
+    options = {"temperature": 1.0, "top_p": 1.0, "eos_tokens": [-1], "seed": 1}
+
+    def once() -> int:
+        done = sampler(prompts, max_generation_steps=NEW, max_prompt_length=PROMPT, **options)
+        return sum(len(tokens) for tokens in done.tokens)
+
+    return measure(once)
+
+
+def make_prompts() -> list[list[int]]:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(1, model.VOCAB, (ROWS, PROMPT)).tolist()
+
+
+def measure(once: Callable[[], int]) -> Numbers:
+    """`once` says how many tokens it has generated."""
+    assert (made := once()) == ROWS * NEW, f"expected {ROWS * NEW} tokens, got {made}"
+    times = timed(once, REPEATS)
+    return {"tokens_per_second": ROWS * NEW / times["seconds"], "cpu_seconds": times["cpu_seconds"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["jax", "torch"])
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--tunix_python",
+        default=os.environ.get("NEMOJAX_TUNIX"),
+        help="python of an environment with google-tunix (default: $NEMOJAX_TUNIX; else it is left out)",
+    )
+    parser.add_argument(
+        "--tunix_cache",
+        type=int,
+        default=PROMPT + NEW,
+        help="positions of its cache, all of which it attends to; it has no default of its own (default: "
+        "%(default)s, the fewest that do)",
+    )
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps({"jax": run_jax, "torch": run_torch}[args.only]()))
-        return
-    env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    rows: dict[str, list[dict[str, float]]] = {"jax": [], "torch": []}
-    for _ in range(args.rounds):
-        for name, results in rows.items():
-            command = [sys.executable, __file__, f"--only={name}"]
-            out = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-            results.append(json.loads(out.splitlines()[-1]))
-    for name, results in rows.items():
-        print(name, json.dumps({k: round(statistics.median(r[k] for r in results), 4) for k in results[0]}))
-    pairs = zip(rows["jax"], rows["torch"], strict=True)
-    ratio = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
-    print(f"nemojax / transformers, tokens per second, median of {args.rounds} pairs: {ratio:.3f}")
+    contenders = {
+        "nemojax": Contender(run_jax, ["nemojax", "jax"]),
+        "transformers": Contender(run_torch, ["transformers", "torch"]),
+        "tunix": Contender(
+            run_tunix,
+            ["google-tunix", "jax", "flax"],
+            python=args.tunix_python or "",
+            missing="" if args.tunix_python else "no --tunix_python",
+        ),
+    }
+    compare(__file__, args, contenders, ["tokens_per_second", "cpu_seconds"])
 
 
 if __name__ == "__main__":
