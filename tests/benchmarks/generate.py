@@ -4,8 +4,9 @@
     python tests/benchmarks/generate.py [--rounds=5] [--tunix_python=.venv-tunix/bin/python]
 
 32 prompts of 16 tokens, 64 new tokens each, no stop id, drawn at temperature 1 from the whole vocabulary,
-f32. Each has a cache just large enough; --tunix_cache gives Tunix a larger one. They run in alternating subprocesses, each warmed up; a run is the median of five batches. Printed are
-medians over rounds of generated tokens per second and of CPU seconds a batch, and of the ratios.
+f32. Each has a cache just large enough; --tunix_cache gives Tunix a larger one. They run in alternating
+subprocesses, each warmed up; a run is the median of five batches. Printed are medians over rounds of
+generated tokens per second and of CPU seconds a batch, and of the ratios.
 """
 
 import argparse
