@@ -314,7 +314,7 @@ class ToolStream:
                 self._held = self._held[len(TOOLCALL) :]
                 continue
             whole = read_tagged_calls(self._held, 0) if END_TOOLCALL in begun else None
-            if whole is None:
+            if whole is None or not self._held.endswith(END_TOOLCALL, 0, whole[1]):
                 break
             calls += [ToolCall(*call) for call in whole[0]]
             self._held = self._held[whole[1] :]
