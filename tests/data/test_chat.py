@@ -144,3 +144,80 @@ def test_conversations_from_jsonl(tmp_path):
     path.write_text("\n")
     with pytest.raises(ValueError, match="chats.jsonl: expected conversations, got none"):
         chat.load_conversations(path)
+
+
+def calls(*ids):
+    return [{"id": i, "type": "function", "function": {"name": f"f{i}", "arguments": "{}"}} for i in ids]
+
+
+def test_messages_as_clients_send_them():
+    """Parts of text, developers, unknown fields, and results in the order of their calls."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    given = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts, "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": calls("x", "y"), "refusal": None},
+        {"role": "tool", "content": "of y", "tool_call_id": "y"},
+        {"role": "tool", "content": parts, "tool_call_id": "x"},
+        {"role": "assistant", "content": "done", "tool_calls": []},
+    ]
+    plain = chat.plain_messages(given)
+    assert [m["role"] for m in plain] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    assert [m["content"] for m in plain] == ["Be brief.", "a\nb", None, "a\nb", "of y", "done"]
+    assert plain[2]["tool_calls"] == calls("x", "y") and set(plain[5]) == set(plain[1]) == {"role", "content"}
+    unknown = [*given[:3], {**given[3], "tool_call_id": "z"}, given[4]]
+    assert [m["content"] for m in chat.plain_messages(unknown)[3:]] == ["of y", "a\nb"]
+    assert chat.plain_messages(plain) == plain
+    assert given[1]["content"] is parts
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        (None, "messages: expected a list of messages, got None"),
+        ("hi", "expected a list of messages"),
+        ([], "at least one message"),
+        (["hi"], "expected messages that are objects, got 'hi' at 0"),
+        ([{"role": ["user"], "content": "x"}], "messages of role system, user, assistant, tool"),
+        ([{"role": "function", "content": "x"}], "messages of role"),
+        ([{"role": "user", "content": None}], "with text content"),
+        ([{"role": "assistant", "content": None}], "with text content"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], "with text content"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "message 0: expected parts",
+        ),
+        ([{"role": "user", "content": ["x"]}], "expected parts"),
+        (
+            [{"role": "user", "content": "x", "tool_calls": calls("x")}],
+            "tool_calls in an assistant's message",
+        ),
+        ([{"role": "assistant", "content": "x", "tool_calls": "f"}], "expected a list of tool_calls"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [3]}], "message 0: expected tool_calls like"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
+            "JSON object",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            "JSON object",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
+            "expected tool_calls like",
+        ),
+        (
+            [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}],
+            "result after tool_calls, got one at 1",
+        ),
+    ],
+)
+def test_messages_that_are_nonsense(messages, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        chat.plain_messages(messages)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_no_text(tokenizer):
+    with pytest.raises(ValueError, match="expected whole Unicode characters"):
+        chat.encode_prompt(tokenizer, [user("half a pair: \ud83d")])
