@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,19 +14,27 @@ import jax
 
 from nemojax.arch import ArchSpec, load_arch
 from nemojax.checkpoints.artifact import final_step, load_model
-from nemojax.data.chat import check_length, encode_prompt, split_thinking
+from nemojax.data.chat import check_length, encode_prompt, opens_thinking, plain_messages
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from nemojax.data.tools import tools_that_must_be_called
+from nemojax.generate import programs
+from nemojax.generate.completions import BATCH
 from nemojax.generate.engine import Engine, EngineConfig
-from nemojax.generate.jobs import Event, Job, job_key
-from nemojax.generate.protocol import Answer, FinishReason, Request
+from nemojax.generate.jobs import Constraint, Event, Job, job_key
+from nemojax.generate.protocol import Answer, FinishReason, Request, ToolCall
+from nemojax.generate.text import ReasoningStream, TextStream, ToolStream, thinking_budget, token_text
 from nemojax.model.llama import Compute, Params
+from nemojax.sharding import use_mesh
+
+_TAIL = 32  # ids of a prompt's end in which `<think>` is looked for
 
 
 class Piece(NamedTuple):
-    """Text that has just been written, and whether it is reasoning, content, or the JSON of a call."""
+    """Text that has just been written, reasoning or content; or a whole call, the text its arguments."""
 
     kind: Literal["reasoning", "content", "tool_call"]
     text: str
+    call: ToolCall | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,27 +76,97 @@ def make_jobs(model: Reader, request: Request) -> list[Job]:
 
     ValueError for a request that this model cannot answer.
     """
-    prompt = tuple(encode_request(model, request))
+    prompt = encode_request(model, request)
     check_length(len(prompt), model.arch.context - 1, "prompt")
-    stop_ids = tuple(dict.fromkeys((*model.tokenizer.eos_ids, *request.stop_ids)))
-    job = Job(prompt, request.sampling, (0, 0), stop_ids, request.top_logprobs)
+    job = make_job(model, request, prompt)
     return [dataclasses.replace(job, key=job_key(request.seed, i)) for i in range(request.n)]
 
 
+def make_job(model: Reader, request: Request, prompt: Sequence[int]) -> Job:
+    """A job of a request whose prompt has these ids, without a key. ValueError as in `make_jobs`."""
+    limit = request.thinking_budget
+    return Job(
+        tuple(prompt),
+        request.sampling,
+        stop_ids=tuple(dict.fromkeys((*model.tokenizer.eos_ids, *request.stop_ids))),
+        top_logprobs=request.top_logprobs,
+        constraint=_make_constraint(model, request, prompt),
+        budget=None if limit is None else thinking_budget(model.tokenizer, limit),
+    )
+
+
 def encode_request(model: Reader, request: Request) -> list[int]:
-    """Ids of the prompt, in whichever form the request has it."""
+    """Ids of the prompt, in whichever form the request has it. ValueError for one that cannot be read."""
+    if request.messages is not None:
+        messages = plain_messages(request.messages)
+        return encode_prompt(model.tokenizer, messages, request.thinking, tools=request.tools)
+    for name, given in (("thinking", request.thinking is not None), ("tools", bool(request.tools))):
+        if given:
+            raise ValueError(f"{name}: expected messages with it, got a prompt; it is a chat's")
     if request.tokens is not None:
         return list(request.tokens)
-    if request.prompt is not None:
-        return [model.tokenizer.bos_id, *model.tokenizer.encode(request.prompt)]
-    assert request.messages is not None
-    return encode_prompt(model.tokenizer, request.messages, request.thinking)
+    assert request.prompt is not None
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(request.prompt)]
+
+
+def _opens_thinking(model: Reader, prompt: Sequence[int]) -> bool:
+    return opens_thinking(model.tokenizer.decode(prompt[-_TAIL:], skip_special=False))
+
+
+def _make_constraint(
+    model: Reader, request: Request, prompt: Sequence[int]
+) -> Callable[[], Constraint] | None:
+    """The grammar of a request: calls that have to be made, or else its schema; None without either."""
+    schema, forced = request.json_schema, tools_that_must_be_called(request.tools, request.tool_choice)
+    if schema is None and not forced:
+        return None
+    from nemojax.generate.constrain import json_grammar, tool_grammar
+
+    if _opens_thinking(model, prompt):
+        reasoning = "opened"
+    else:  # a chat that is not told to be brief may think before
+        reasoning = "none" if request.messages is None or request.thinking is False else "optional"
+    if schema is None:
+        grammar = tool_grammar(request.tools, request.tool_choice, reasoning)
+        assert grammar is not None
+    elif forced:
+        raise ValueError("json_schema: expected none where a tool has to be called; leave one of them out")
+    else:
+        grammar = json_grammar(schema, reasoning)
+    return _compile(model.tokenizer, grammar, model.arch.vocab_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(tokenizer: Tokenizer, grammar: str, vocab_size: int) -> Callable[[], Constraint]:
+    """Compiled once for all rows that share it."""
+    from nemojax.generate.constrain import compile_grammar
+
+    return compile_grammar(tokenizer, grammar, vocab_size)
+
+
+def prepared(model: Model) -> Model:
+    """The weights as engines use them, so that a second engine does not make them again."""
+    with use_mesh(model.mesh):
+        params, _ = programs.prepare(model.params, model.compute, model.mesh)
+    return dataclasses.replace(model, params=params)
+
+
+def batch_config(model: Reader, num_samples: int, room: int, max_batch: int) -> EngineConfig:
+    """An engine for samples that are known beforehand, the longest with its prompt of `room` tokens."""
+    slots = min(max_batch, _round_up(num_samples, 8))
+    return dataclasses.replace(BATCH, slots=slots, context=min(_round_up(room, 16), model.arch.context))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class AnswerStream:
     """The events of one job, put together: `feed` says what is new in the text, `answer` is all of it.
 
-    When `stopped` turns true, a stop string has occurred: the job is to be cancelled, no event follows.
+    When `stopped` turns true, a stop string has occurred: it is `done`, and the job is to be cancelled.
+    `tokens`, `logprobs` and `top` are those up to now, the ones of a stop string included. `cached`: tokens
+    of the prompt that were not read again.
     """
 
     def __init__(self, model: Reader, request: Request, job: Job):
@@ -95,43 +174,77 @@ class AnswerStream:
         self.logprobs: list[float] = []
         self.top: list[list[tuple[int, float]]] = []
         self.cached = 0
-        self.stopped = False
         self.finish: FinishReason | None = None
-        self._model, self._request, self._job = model, request, job
+        self._tokenizer, self._job = model.tokenizer, job
+        self._text = TextStream(model.tokenizer, request.stop)
+        self._reasoning = ReasoningStream(_opens_thinking(model, job.prompt))
+        self._tools = ToolStream() if request.tools and request.tool_choice != "none" else None
+        self._written: list[str] = []
+        self._pieces: list[Piece] = []
 
     @property
     def done(self) -> bool:
         return self.finish is not None
 
+    @property
+    def stopped(self) -> bool:
+        return self._text.stopped
+
     def feed(self, event: Event) -> list[Piece]:
-        """What is new. Text that may yet turn out to begin a stop string or a tag waits for what follows."""
+        """What is new. Text that may yet turn out to begin a stop string, a tag or a call waits."""
         assert not self.done
-        self.tokens += event.tokens
-        self.logprobs += event.logprobs
-        self.top += event.top
+        text = self._text.feed(event.tokens)
+        if event.finish is not None:
+            text += self._text.flush()
+        count = len(self._text.offsets) - len(self.tokens)  # what came behind a stop string is dropped
+        self.tokens += event.tokens[:count]
+        self.logprobs += event.logprobs[:count]
+        self.top += event.top[:count]
         self.cached = max(self.cached, event.cached)
-        self.finish = event.finish
-        return []
+        self.finish = "stop" if self.stopped else event.finish
+        pieces = self._split(text)
+        self._written.append(text)
+        self._pieces += pieces
+        if self.finish == "stop" and any(piece.call for piece in self._pieces):
+            self.finish = "tool_calls"
+        return pieces
+
+    def _split(self, text: str) -> list[Piece]:
+        reasoning, content = self._reasoning.feed(text)
+        calls: tuple[ToolCall, ...] = ()
+        if self.done:
+            reasoning, content = (
+                a + b for a, b in zip((reasoning, content), self._reasoning.flush(), strict=True)
+            )
+        if self._tools is not None:
+            content, calls = self._tools.feed(content)
+            if self.done:
+                rest, last = self._tools.flush()
+                content, calls = content + rest, calls + last
+        pieces = [Piece("reasoning", reasoning), Piece("content", content)]
+        return [piece for piece in pieces if piece.text] + [Piece("tool_call", c.arguments, c) for c in calls]
 
     def answer(self) -> Answer:
-        """All of it, when `done`."""
+        """All of it, when `done`; of the tokens, those that have a part in the text."""
         assert self.finish is not None
-        decode = self._model.tokenizer.decode
-        text = decode(self.tokens)
-        reasoning, content = split_thinking(text)
+        kept = self._text.kept
+
+        def joined(kind: str) -> str:
+            return "".join(piece.text for piece in self._pieces if piece.kind == kind)
+
         return Answer(
-            text,
-            reasoning,
-            content,
-            self.finish,
-            len(self.tokens),
-            len(self._job.prompt),
-            (),
-            tuple(self.tokens),
-            tuple(self.logprobs),
-            tuple(
-                tuple((decode([token], skip_special=False), logprob) for token, logprob in step)
-                for step in self.top
+            text="".join(self._written),
+            reasoning=joined("reasoning") if self._reasoning.found else None,
+            content=joined("content"),
+            finish_reason=self.finish,
+            num_tokens=len(self.tokens),
+            prompt_tokens=len(self._job.prompt),
+            tool_calls=tuple(piece.call for piece in self._pieces if piece.call),
+            tokens=tuple(self.tokens[:kept]),
+            logprobs=tuple(self.logprobs[:kept]),
+            top=tuple(
+                tuple((token_text(self._tokenizer, token), logprob) for token, logprob in step)
+                for step in self.top[:kept]
             ),
         )
 

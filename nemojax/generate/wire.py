@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from nemojax.data.chat import answer_with_thinking, split_thinking, with_toggle
+from nemojax.data.chat import answer_with_thinking, plain_messages, split_thinking, with_toggle
 from nemojax.data.tokenizer import THINK
 from nemojax.generate.protocol import Answer, FinishReason, Request, ToolCall
 
@@ -54,7 +54,10 @@ def make_body(request: Request, model: str, n: int, taken: int = 0, tokens: bool
         _check_without_chat(request)
         body["prompt"] = request.prompt if request.tokens is None else list(request.tokens)
         return body | ({"logprobs": request.top_logprobs} if told else {})
-    body["messages"] = [dict(m) for m in with_toggle(request.messages, request.thinking)]
+    messages = request.messages
+    if request.thinking is not None:  # in the system text, whose form must be known; else all is theirs
+        messages = with_toggle(plain_messages(messages), request.thinking)
+    body["messages"] = [dict(m) for m in messages]
     if request.tools:
         body |= {"tools": [dict(tool) for tool in request.tools], "tool_choice": request.tool_choice}
     return body | ({"logprobs": True, "top_logprobs": request.top_logprobs} if told else {})

@@ -1,5 +1,6 @@
 """Files of prompts: what is asked, what is written, and that an interruption does not show."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,8 +17,13 @@ from nemojax.arch import uniform
 from nemojax.checkpoints.artifact import load_model, save_params
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
 from nemojax.generate import batch
-from nemojax.generate.batch import GenerateConfig
-from nemojax.generate.engine import Completion, generate
+from nemojax.generate.batch import AnswerConfig, GenerateConfig, row_seed
+from nemojax.generate.completions import complete
+from nemojax.generate.engine import Engine
+from nemojax.generate.jobs import Job, job_key
+from nemojax.generate.local import Model, Reader, batch_config, encode_request
+from nemojax.generate.output import opened, sidecar
+from nemojax.generate.protocol import Answer, Request
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import init_params
 from nemojax.sharding import make_mesh
@@ -78,21 +84,23 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def requests(artifact, rows, cfg=CONFIG) -> list[batch.Request]:
-    reader = batch._open_reader(artifact)
-    return [batch.make_request(reader, row, i, f"row {i}", cfg) for i, row in enumerate(rows, 1)]
+def requests(rows, cfg=CONFIG) -> list[Request]:
+    return [batch.make_request(row, i, i + 1, f"row {i + 1}", cfg).request for i, row in enumerate(rows)]
 
 
 def test_what_is_asked(artifact):
     """Raw text after BOS, a chat through the template; the row's toggle before the command's."""
-    tokenizer = load_tokenizer(artifact)
-    cfg = GenerateConfig(thinking="off")
-    asked = [tokenizer.decode(r.tokens, skip_special=False) for r in requests(artifact, ROWS, cfg)]
+    reader = Reader.open(artifact)
+
+    def asked(rows, cfg) -> list[str]:
+        ids = [encode_request(reader, request) for request in requests(rows, cfg)]
+        return [reader.tokenizer.decode(tokens, skip_special=False) for tokens in ids]
+
     turn = (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>user"
         "<|end_header_id|>\n\ntwo and two<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert asked == [
+    assert asked(ROWS, GenerateConfig(thinking="off")) == [
         "<|begin_of_text|>one and",
         turn.format("detailed thinking off"),
         turn.format("detailed thinking on"),
@@ -106,15 +114,15 @@ def test_what_is_asked(artifact):
         (GenerateConfig(), "Be short."),
         (GenerateConfig(thinking="on"), "detailed thinking on\n\nBe short."),
     ):
-        [request] = requests(artifact, system, cfg)
-        assert tokenizer.decode(request.tokens, skip_special=False) == turn.format(text)
+        assert asked(system, cfg) == [turn.format(text)]
 
 
 def test_rows_are_the_engines(artifact, whole):
-    """Each chunk is a call of the engine, with the rows' own settings and a key of its own."""
+    """Each chunk is completed by an engine, each row with settings and keys of its own."""
     mesh = make_mesh(CONFIG.mesh)
     arch, params = load_model(artifact, mesh)
-    tokenizer = load_tokenizer(artifact)
+    reader = Reader.open(artifact)
+    tokenizer = reader.tokenizer
     found = read(whole)
     assert [(r["id"], r["sample"]) for r in found] == [
         (name, sample) for name in (1, "second", 3, 4, 5, 70, 7) for sample in (0, 1)
@@ -122,36 +130,83 @@ def test_rows_are_the_engines(artifact, whole):
     own = [SamplingConfig(max_new_tokens=8)] * 7
     own[3] = SamplingConfig(temperature=0, max_new_tokens=5)
     own[5] = SamplingConfig(top_k=4, repetition_penalty=1.2, max_new_tokens=8)
-    asked = requests(artifact, ROWS)
+    asked = requests(ROWS)
     assert [r.sampling for r in asked] == own
-    for chunk, start in enumerate((0, 3, 6)):
-        part = [r for r in asked[start : start + 3] for _ in range(2)]
-        key = jax.random.fold_in(jax.random.key(3), chunk)
-        settings, tokens = [r.sampling for r in part], [r.tokens for r in part]
-        expected = generate(params, arch, tokens, key, settings, tokenizer.eos_ids, max_batch=8, mesh=mesh)
-        for request, row, completion in zip(part, found[2 * start :], expected, strict=False):
+    prompts = [tuple(encode_request(reader, request)) for request in asked]
+    for start in (0, 3, 6):
+        jobs = [
+            Job(prompts[place], own[place], job_key(row_seed(3, place), sample), tokenizer.eos_ids)
+            for place in range(start, min(start + 3, 7))
+            for sample in (0, 1)
+        ]
+        cfg = batch_config(reader, len(jobs), max(map(len, prompts)) + 8, 8)
+        expected = complete(Engine(params, arch, cfg, mesh=mesh), jobs)
+        for job, row, completion in zip(jobs, found[2 * start :], expected, strict=False):
             assert row["tokens"] == completion.tokens and row["num_tokens"] == len(completion.tokens)
             assert row["logprobs"] == completion.logprobs
             assert row["text"] == tokenizer.decode(completion.tokens)
             assert row["finish_reason"] == ("stop" if completion.finished else "length")
-            assert row["prompt_tokens"] == len(request.tokens)
+            assert row["prompt_tokens"] == len(job.prompt)
     assert found[6]["tokens"] == found[7]["tokens"] and len(found[6]["tokens"]) <= 5  # greedy
     assert found[0]["tokens"] != found[1]["tokens"]
 
 
-def test_reasoning_is_split_off(artifact, monkeypatch):
-    tokenizer = load_tokenizer(artifact)
-    said = tokenizer.encode("<think>two and\n two</think> three<|eot_id|>")
-    texts = [(said, True), (said[:4], False), (tokenizer.encode("three"), False)]
-    made = [Completion(t, [-1.0] * len(t), done) for t, done in texts]
-    monkeypatch.setattr(batch, "generate", lambda *_, **__: made)
-    rows = batch.answer(artifact, [{"messages": CHAT}], GenerateConfig(n=3))
-    assert [(r["reasoning"], r["answer"], r["finish_reason"]) for r in rows] == [
-        ("two and\n two", "three", "stop"),
-        (tokenizer.decode(said[1:4]).strip(), "", "length"),
-        (None, "three", "length"),
-    ]
-    assert rows[0]["text"] == "<think>two and\n two</think> three" and "tokens" not in rows[0]
+def test_a_row_draws_by_its_place_alone(artifact, whole):
+    """Neither the chunk nor what the other rows are changes a row, but for rounding."""
+    found = read(whole)
+    others = [{"prompt": "three"}, ROWS[1], {"prompt": "make"}, {"messages": CHAT, "seed": row_seed(3, 6)}]
+    cfg = dataclasses.replace(CONFIG, chunk=2)
+    rows = batch.answer(artifact, others, cfg)
+    assert [row["tokens"] for row in rows[2:4]] == [row["tokens"] for row in found[2:4]]
+    assert [row["tokens"] for row in rows[6:8]] == [row["tokens"] for row in found[12:14]]
+    other = batch.answer(artifact, others[:2], dataclasses.replace(cfg, seed=4))
+    assert [row["tokens"] for row in other] != [row["tokens"] for row in rows[:4]]
+    assert len({row_seed(seed, place) for seed in range(8) for place in range(1000)}) > 7990
+
+
+def test_reasoning_is_split_off(artifact):
+    """What `AnswerStream` says of an answer (test_local.py) is what the row says."""
+    tokenizer, one = load_tokenizer(artifact), batch.make_request({"prompt": "a"}, 0, 1, "row 1", CONFIG)
+    text = "<think>two and\n two</think> three"
+    answer = Answer(
+        text, "two and\n two", "three", "stop", 9, 4, (), tuple(tokenizer.encode(text)), (-1.0,) * 9
+    )
+    [row] = batch._rows(one, [answer], GenerateConfig())
+    assert row == {
+        "id": 1,
+        "sample": 0,
+        "text": text,
+        "reasoning": "two and\n two",
+        "answer": "three",
+        "finish_reason": "stop",
+        "num_tokens": 9,
+        "prompt_tokens": 4,
+    }
+
+
+def test_what_ends_and_forms_an_answer(artifact):
+    """Fields of the configuration, and a row's own before them."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    cfg = GenerateConfig(
+        SamplingConfig(max_new_tokens=40, temperature=0), AnswerConfig(json_schema=schema, top_logprobs=2)
+    )
+    free = batch.answer(artifact, [{"prompt": "one", "json_schema": None, "top_logprobs": 0}], cfg)[0]
+    assert "top" not in free and free["text"]
+    stop = free["text"][1:3]
+    rows = batch.answer(
+        artifact,
+        [
+            {"prompt": "one", "repetition_penalty": 1.5},
+            {"prompt": "one", "json_schema": None, "stop": stop},
+            {"messages": CHAT, "json_schema": None, "thinking": True, "thinking_budget": 0},
+        ],
+        cfg,
+    )
+    if rows[0]["finish_reason"] == "stop":
+        assert isinstance(json.loads(rows[0]["answer"])["a"], int)
+    assert rows[0]["answer"].startswith("{") and all(len(step) == 2 for step in rows[0]["top"])
+    assert rows[1]["text"] == free["text"][: free["text"].index(stop)] and rows[1]["finish_reason"] == "stop"
+    assert not rows[2]["reasoning"]
 
 
 @pytest.mark.parametrize(
@@ -169,15 +224,15 @@ def test_a_cut_does_not_show(artifact, prompts, whole, tmp_path, cut):
     }[cut]
     out = tmp_path / "out.jsonl"
     out.write_bytes(kept)
-    batch._sidecar(out).write_bytes(batch._sidecar(whole).read_bytes())
+    sidecar(out).write_bytes(sidecar(whole).read_bytes())
     counts = batch.run(artifact, prompts, out, CONFIG, quiet=True)
     assert counts["rows_before"] == before and counts["tokens"] > 0
     assert out.read_bytes() == whole.read_bytes()
-    assert batch._sidecar(out).read_bytes() == batch._sidecar(whole).read_bytes()
+    assert sidecar(out).read_bytes() == sidecar(whole).read_bytes()
 
 
 def test_a_finished_file_is_left_alone(artifact, prompts, whole, monkeypatch):
-    monkeypatch.setattr(batch, "load_model", lambda *_: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(Model, "load", lambda *_: pytest.fail("nothing is left to do"))
     before = whole.stat()
     counts = batch.run(artifact, prompts, whole, CONFIG, quiet=True)
     assert counts == {"prompts": 7, "rows": 14, "rows_before": 14, "tokens": 0}
@@ -189,6 +244,11 @@ def test_the_output_of_another_run(artifact, prompts, whole, tmp_path):
     other = write(tmp_path / "prompts.jsonl", ROWS[:-1])
     for source, cfg, differing in (
         (prompts, GenerateConfig(), "config.chunk, config.logprobs, config.max_batch, config.n"),
+        (
+            prompts,
+            dataclasses.replace(CONFIG, answer=AnswerConfig(stop=("x",))),
+            "differs in config.answer.stop",
+        ),
         (other, CONFIG, "differs in prompts;"),
     ):
         with pytest.raises(ValueError, match=f"the output of another run, .*{differing}.* choose another"):
@@ -199,7 +259,7 @@ def test_the_output_of_another_run(artifact, prompts, whole, tmp_path):
     moved = tmp_path / "moved.jsonl"
     lines = whole.read_bytes().splitlines(keepends=True)
     moved.write_bytes(lines[1] + lines[0])
-    batch._sidecar(moved).write_bytes(batch._sidecar(whole).read_bytes())
+    sidecar(moved).write_bytes(sidecar(whole).read_bytes())
     with pytest.raises(ValueError, match=r"moved\.jsonl:1: not the row that belongs there"):
         batch.run(artifact, prompts, moved, CONFIG)
     assert whole.read_bytes() == before and read(foreign) == [{"text": "precious"}]
@@ -207,8 +267,8 @@ def test_the_output_of_another_run(artifact, prompts, whole, tmp_path):
 
 def test_one_writer_at_a_time(artifact, prompts, whole, tmp_path):
     out = tmp_path / "out.jsonl"
-    record = json.loads(batch._sidecar(whole).read_text())
-    with batch._opened(out, record), pytest.raises(ValueError, match="another process writes it"):
+    record = json.loads(sidecar(whole).read_text())
+    with opened(out, record), pytest.raises(ValueError, match="another process writes it"):
         batch.run(artifact, prompts, out, CONFIG, quiet=True)
     assert out.read_bytes() == b""
 
@@ -239,6 +299,24 @@ def test_one_writer_at_a_time(artifact, prompts, whole, tmp_path):
         ),
         ('{"prompt": "\\ud800"}\n', "prompts.jsonl:1: expected Unicode text and finite numbers"),
         ('{"prompt": "a", "id": [1]}\n', "prompts.jsonl:1: id: expected text or a whole number, got [1]"),
+        ('{"prompt": "a", "seed": -1}\n', "prompts.jsonl:1: seed: expected a number in [0, 2**32), got -1"),
+        (
+            '{"prompt": "a", "seed": true}\n',
+            "prompts.jsonl:1: seed: expected a number in [0, 2**32), got True",
+        ),
+        ('{"prompt": "a", "stop": [""]}\n', "prompts.jsonl:1: stop: expected texts that are not empty"),
+        ('{"prompt": "a", "stop": 3}\n', "prompts.jsonl:1: stop: expected"),
+        ('{"prompt": "a", "top_logprobs": 21}\n', "prompts.jsonl:1: top_logprobs: expected 0 to 20, got 21"),
+        ('{"prompt": "a", "thinking_budget": -1}\n', "prompts.jsonl:1: thinking_budget: expected 0 or more"),
+        ('{"prompt": "a", "json_schema": "x"}\n', "prompts.jsonl:1: json_schema: expected"),
+        (
+            '{"prompt": "a", "json_schema": {"type": "robot"}}\n',
+            "prompts.jsonl:1: json_schema: expected a schema",
+        ),
+        (
+            '{"prompt": "a", "tools": []}\n',
+            "prompts.jsonl:1: expected tools with messages, got it with prompt",
+        ),
         (
             '{"prompt": "a"}\n{"prompt": "b", "id": 1}\n',
             "prompts.jsonl:2: expected an id of its own, got 1 of",
