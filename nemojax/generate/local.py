@@ -288,7 +288,10 @@ class LocalGenerator:
                 self._drop(job_id)
 
     def pieces(self, request: Request) -> Generator[Piece | Answer, None, None]:
-        """The text of one answer as it is written, and last the answer; closing the iterator cancels it."""
+        """The text of one answer as it is written, and last the answer; closing the iterator cancels it.
+
+        It yields after each step, an empty piece if there is nothing new, so that one can stop at any time.
+        """
         [job] = self._jobs(dataclasses.replace(request, n=1), "request")
         stream = AnswerStream(self.model, request, job)
         news: list[Piece] = []
@@ -296,7 +299,7 @@ class LocalGenerator:
         try:
             while not stream.done:
                 self._step()
-                yield from news
+                yield from news or [Piece("content", "")]
                 news.clear()
             yield stream.answer()
         finally:

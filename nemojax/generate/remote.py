@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from nemojax.config import field
+from nemojax.generate.local import Piece
 from nemojax.generate.protocol import Answer, Request
-from nemojax.generate.wire import CHAT, Json, make_body, parse_answers, path_of, total_tokens
+from nemojax.generate.wire import CHAT, ChunkReader, Json, make_body, parse_answers, path_of, total_tokens
 
 if TYPE_CHECKING:
     import httpx2
@@ -131,6 +132,13 @@ class RemoteGenerator:
         """(index, its answers) as they complete; closing the iterator cancels what is under way."""
         yield from self._running(lambda put: self._work(requests, put))
 
+    def pieces(self, request: Request) -> Generator[Piece | Answer, None, None]:
+        """The text of one answer as it is written, and last the answer; closing the iterator cancels it.
+
+        It is asked again only as long as nothing of it has come.
+        """
+        yield from self._running(lambda put: self._talk(request, put))
+
     def model(self) -> str:
         """The name of the model that is asked for."""
         [name] = self._running(self._put_model)
@@ -211,15 +219,40 @@ class RemoteGenerator:
         answers: list[Answer] = []
         while len(answers) < request.n:
             left = request.n - len(answers)
-            model = await self._name()
-            try:
-                body = make_body(request, model, left, len(answers), self.cfg.tokens)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            body = await self._body(request, name, left, len(answers))
             size = _prompt_size(request) + left * request.sampling.max_new_tokens
             data = await self._ask("POST", url, name, body, size)
             answers += parse_answers(data, path_of(request) == CHAT, f"{url}: {name}")[:left]
         return answers
+
+    async def _body(self, request: Request, name: str, n: int, taken: int = 0) -> Json:
+        model = await self._name()
+        try:
+            return make_body(request, model, n, taken, self.cfg.tokens)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    async def _talk(self, request: Request, put: Callable[[Any], None]) -> None:
+        url = f"{self.base_url}/{path_of(request)}"
+        chunks: ChunkReader | None = None
+        body = await self._body(request, "request", 1)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+
+        async def read(response: httpx2.Response) -> Json:
+            nonlocal chunks
+            chunks = ChunkReader(path_of(request) == CHAT, f"{url}: request")
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if line.startswith("data:") and data != "[DONE]":
+                    for piece in chunks.feed(_json(data.encode())):
+                        put(piece)
+            return chunks.usage
+
+        size = _prompt_size(request) + request.sampling.max_new_tokens
+        await self._ask("POST", url, "request", body, size, read, lambda: chunks is not None and chunks.begun)
+        assert chunks is not None
+        for piece in chunks.finish():
+            put(piece)
 
     async def _put_model(self, put: Callable[[Any], None]) -> None:
         put(await self._name())
@@ -245,8 +278,10 @@ class RemoteGenerator:
         body: Json | None = None,
         size: int = 0,
         read: Callable[[httpx2.Response], Awaitable[Any]] | None = None,
+        begun: Callable[[], bool] = lambda: False,
     ) -> Any:
-        """What `read` makes of the answer (its JSON, if None), tried again while that may help."""
+        """What `read` makes of the answer (its JSON, if None), tried again while that may help and nothing
+        of it has been passed on (`begun`)."""
         content = _encode(body, f"{url}: {name}")
         for attempt in itertools.count():
             await self._turn(size)
@@ -258,11 +293,12 @@ class RemoteGenerator:
                 line = f"{url}: {name}: expected an answer, got {failed.why}{tries}"
                 if not failed.passes:
                     raise ValueError(f"{line}; change the request or the address") from failed
-                if attempt >= self.cfg.max_retries:
+                if attempt >= self.cfg.max_retries or begun():
                     raise OSError(f"{line}; see whether the server is up, or raise max_retries") from failed
                 await asyncio.sleep(self._delay(attempt, failed.retry_after))
             except ValueError as error:
-                raise ValueError(f"{url}: {name}: {error}") from error
+                told = str(error)
+                raise ValueError(told if told.startswith(url) else f"{url}: {name}: {told}") from error
             else:
                 if (cost := total_tokens(data)) is not None:
                     self._tokens.correct(cost - size)
@@ -338,7 +374,10 @@ def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: htt
 
 
 async def _whole(response: httpx2.Response) -> Any:
-    text = await response.aread()
+    return _json(await response.aread())
+
+
+def _json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except ValueError:

@@ -12,7 +12,9 @@ from typing import Any, TypeGuard
 
 from nemojax.data.chat import answer_with_thinking, plain_messages, split_thinking, with_toggle
 from nemojax.data.tokenizer import THINK
+from nemojax.generate.local import Piece
 from nemojax.generate.protocol import Answer, FinishReason, Request, ToolCall
+from nemojax.generate.text import ReasoningStream
 
 CHAT, COMPLETIONS = "chat/completions", "completions"
 Json = dict[str, Any]
@@ -125,6 +127,84 @@ def _parse_choice(choice: Any, chat: bool, where: str) -> Json:
     part["tokens"] = tuple(ids) if _are(ids, int) else None
     told = choice.get("logprobs")
     return part | (_logprobs(told, where) if isinstance(told, Mapping) else {})
+
+
+class ChunkReader:
+    """The chunks of one streamed answer -> pieces as they come, and the answer at the end.
+
+    Calls come as pieces when the answer is over. ValueError, `where` in front, for chunks of another shape,
+    OSError for an error that the server reports in between, and for a stream that ends in the middle.
+    """
+
+    def __init__(self, chat: bool, where: str):
+        self.begun = False
+        self.usage: Json = {}
+        self._chat, self._where = chat, where
+        self._tags = ReasoningStream()
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+        self._calls: dict[int, list[str]] = {}  # index -> name, arguments
+        self._finish: FinishReason | None = None
+
+    def feed(self, chunk: Any) -> list[Piece]:
+        """What is new."""
+        if isinstance(chunk, Mapping) and chunk.get("error"):
+            raise OSError(f"{self._where}: the server broke off: {chunk['error']!r:.300}; ask again")
+        choices = _get(chunk, "choices", list, self._where)
+        if isinstance(chunk.get("usage"), Mapping):
+            self.usage = {"usage": chunk["usage"]}
+        reasoning = content = ""
+        for choice in choices:
+            if isinstance(choice, Mapping) and isinstance(choice.get("finish_reason"), str):
+                self._finish = finish_reason(choice["finish_reason"])
+            if self._chat:
+                delta = _get(choice, "delta", Mapping, self._where)
+                reasoning += reasoning_of(delta) or ""
+                content += delta.get("content") or ""
+                self._add_calls(delta.get("tool_calls"))
+            else:
+                content += _get(choice, "text", str, self._where)
+        self._reasoning.append(reasoning)
+        self._content.append(content)
+        tagged, content = self._tags.feed(content)
+        return self._pieces(reasoning + tagged, content)
+
+    def finish(self) -> list[Piece | Answer]:
+        """What was held back, and the answer."""
+        if self._finish is None:
+            raise OSError(f"{self._where}: expected an answer to its end, got {self._length()} pieces of it")
+        pieces = self._pieces(*self._tags.flush())
+        calls = tuple(ToolCall(name, arguments) for name, arguments in self._calls.values())
+        pieces += [Piece("tool_call", call.arguments, call) for call in calls]
+        reasoning = "".join(self._reasoning) or None
+        usage = self.usage.get("usage", {})
+        return [
+            *pieces,
+            Answer(
+                **message_text(reasoning, "".join(self._content), self._finish),
+                finish_reason="tool_calls" if calls and self._finish == "stop" else self._finish,
+                num_tokens=_count(usage.get("completion_tokens"), None),
+                prompt_tokens=_count(usage.get("prompt_tokens"), None),
+                tool_calls=calls,
+            ),
+        ]
+
+    def _pieces(self, reasoning: str, content: str) -> list[Piece]:
+        pieces = [Piece("reasoning", reasoning), Piece("content", content)]
+        found = [piece for piece in pieces if piece.text]
+        self.begun = self.begun or bool(found)
+        return found
+
+    def _add_calls(self, given: Any) -> None:
+        for call in given or ():
+            function = _get(call, "function", Mapping, self._where)
+            index = call.get("index") if isinstance(call.get("index"), int) else 0
+            known = self._calls.setdefault(index, ["", ""])
+            known[0] += function.get("name") or ""
+            known[1] += function.get("arguments") or ""
+
+    def _length(self) -> int:
+        return len([text for text in (*self._reasoning, *self._content) if text])
 
 
 def finish_reason(given: str) -> FinishReason:
