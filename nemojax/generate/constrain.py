@@ -42,17 +42,19 @@ def json_grammar(schema: Mapping[str, Any], reasoning: Reasoning = "none") -> st
 
 def tool_grammar(
     tools: Sequence[Tool], tool_choice: Any, reasoning: Reasoning = "none", max_calls: int = MAX_CALLS
-) -> str | None:
+) -> str:
     """1 to `max_calls` calls of the tools that `tool_choice` asks for, in the tags that the template teaches,
     their arguments as each tool's schema has them; exactly one call of a tool chosen by name.
 
-    None where nothing has to be called ("auto", "none"). ValueError for tools, a choice or a schema that are
-    none.
+    ValueError for tools, a choice or a schema that are none, and for a choice that asks for nothing
+    (`tools_that_must_be_called`).
     """
     check_tools(tools)
     chosen = tools_that_must_be_called(tools, tool_choice)
     if not chosen:
-        return None
+        raise ValueError(
+            f"tool_choice: expected 'required' or a tool's name, for a grammar, got {tool_choice!r}"
+        )
     more = 0 if isinstance(tool_choice, Mapping) else max_calls - 1
     others = f" ({_literal(', ')} call){{0,{more}}}" if more else ""
     lines = [

@@ -3,14 +3,21 @@
 import json
 import re
 
+import jax
 import jsonschema
 import numpy as np
 import pytest
 
+from nemojax.arch import uniform
 from nemojax.data.chat import opens_thinking, render_prompt, split_thinking
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
+from nemojax.generate.completions import complete
 from nemojax.generate.constrain import WHITESPACE, compile_grammar, json_grammar, tool_grammar
+from nemojax.generate.engine import Engine, EngineConfig
+from nemojax.generate.jobs import Job, job_key
+from nemojax.generate.sampling import SamplingConfig
 from nemojax.generate.text import parse_tool_calls, thinking_budget
+from nemojax.model.llama import init_params
 from tests.data.tiny import TEXTS, tiny_tokenizer
 
 WORDS = {"type": "string", "maxLength": 6}
@@ -186,11 +193,6 @@ def test_calls_are_written_as_the_template_teaches(tokenizer):
     assert constraint.allowed()[tokenizer.eot_id]
 
 
-@pytest.mark.parametrize("choice", ["auto", "none", None])
-def test_nothing_has_to_be_called(choice):
-    assert tool_grammar(TOOLS, choice) is None
-
-
 def test_it_may_think_first(tokenizer):
     make = compile_grammar(tokenizer, json_grammar(SCHEMAS["flat"], "optional"), 720)
     rng, thought = np.random.default_rng(2), 0
@@ -234,6 +236,41 @@ def test_tags_that_are_spelled_are_tags(tmp_path):
     assert set(np.flatnonzero(constraint.allowed())) == set(tokenizer.eos_ids)
 
 
+def test_a_model_that_knows_nothing_writes_what_is_asked(tokenizer):
+    """Through the engine, beside sequences that are free; its vocabulary exceeds the tokenizer's."""
+    arch = uniform(
+        vocab_size=720, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=16, context=512
+    )
+    engine = Engine(init_params(arch, jax.random.key(0)), arch, EngineConfig(slots=4))
+    makes = [
+        compile_grammar(tokenizer, json_grammar(SCHEMAS["flat"]), 720),
+        None,
+        compile_grammar(tokenizer, tool_grammar(TOOLS, WEATHER), 720),
+    ]
+    jobs = [
+        Job(
+            tuple(tokenizer.encode("<|begin_of_text|>hi")),
+            SamplingConfig(max_new_tokens=300 if make else 30, top_k=0 if i % 2 else 50),
+            job_key(0, i),
+            tokenizer.eos_ids,
+            constraint=make,
+        )
+        for i, make in enumerate(makes * 2)
+    ]
+    done = complete(engine, jobs)
+    texts = [tokenizer.decode(completion.tokens) for completion in done]
+    assert all(
+        c.finished and c.tokens[-1] in tokenizer.eos_ids
+        for c, job in zip(done, jobs, strict=True)
+        if job.constraint
+    )
+    for text in (texts[0], texts[3]):
+        jsonschema.validate(json.loads(text), SCHEMAS["flat"])
+    for text in (texts[2], texts[5]):
+        [call] = parse_tool_calls(text)[1]
+        jsonschema.validate(json.loads(call.arguments), PLACE)
+
+
 def test_a_token_against_the_grammar_ends_the_text(tokenizer):
     constraint = compile_grammar(tokenizer, json_grammar({}), 720)()
     constraint.advance(tokenizer.encode("x")[0])
@@ -274,6 +311,7 @@ def test_a_schema_nested_too_deep_is_refused():
     "tools, choice, message",
     [
         (TOOLS, "sometimes", "tool_choice: expected"),
+        (TOOLS, "auto", "expected 'required' or a tool's name, for a grammar, got 'auto'"),
         (
             TOOLS,
             {"function": {"name": "rain"}},
