@@ -1,136 +1,25 @@
 """The chat page: that it stands alone, and what a browser makes of streams, refusals and silence.
 
-The browser talks to a small server whose every answer a test writes itself (`Stub`); the last test talks
-to `nemojax serve`.
+Most tests write the server's answers themselves (`Stub`); the last ones talk to `nemojax serve`.
 """
 
 import base64
 import hashlib
 import json
-import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import nemojax
+from tests.serve.stub import MODEL, PAGE, WAIT, Exchange, Stub, say
 
-PAGE = Path(nemojax.__file__).parent / "serve" / "page.html"
 CHROMIUM = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
-WAIT = 30  # seconds until a test gives up
-
-
-class Exchange:
-    """One request to the stub, and the pen to answer it with."""
-
-    def __init__(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]):
-        self.handler, self.body, self.headers = handler, body, handler.headers
-
-    def refuse(self, status: int, message: str, **headers: str) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        self._head(status, "application/json", headers)
-        self.handler.wfile.write(json.dumps({"error": error}).encode())
-
-    def start(self) -> "Exchange":
-        self._head(200, "text/event-stream", {})
-        return self
-
-    def raw(self, data: bytes) -> None:
-        self.handler.wfile.write(data)
-        self.handler.wfile.flush()
-
-    def delta(self, finish: str | None = None, **delta: str) -> None:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish}
-        self.event({"object": "chat.completion.chunk", "choices": [choice]})
-
-    def event(self, value: Any) -> None:
-        self.raw(f"data: {json.dumps(value)}\n\n".encode())
-
-    def end(self, finish: str = "stop", **usage: Any) -> None:
-        self.delta(finish)
-        if usage:
-            self.event({"object": "chat.completion.chunk", "choices": [], "usage": usage})
-        self.raw(b"data: [DONE]\n\n")
-
-    def wait_for_disconnect(self) -> bool:
-        """True once the client has closed its end."""
-        self.handler.connection.settimeout(WAIT)
-        try:
-            return self.handler.connection.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def _head(self, status: int, kind: str, headers: dict[str, str]) -> None:
-        self.handler.send_response(status)
-        for name, value in {"Content-Type": kind, **headers}.items():
-            self.handler.send_header(name.replace("_", "-"), value)
-        self.handler.end_headers()
-
-
-class Stub:
-    """Serves the page and one model; `answers` says what happens to the next chat request."""
-
-    def __init__(self):
-        self.answers: queue.Queue[Callable[[Exchange], None]] = queue.Queue()
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.needs_key: str | None = None
-        self.failures: list[BaseException] = []
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-            def do_GET(self):
-                exchange = Exchange(self, {})
-                if self.path == "/":
-                    exchange._head(200, "text/html; charset=utf-8", {})
-                    self.wfile.write(PAGE.read_bytes())
-                elif self.path != "/v1/models":
-                    stub.failures.append(AssertionError(f"the page asked for {self.path}"))
-                    self.send_error(404)
-                elif stub.needs_key and self.headers.get("Authorization") != f"Bearer {stub.needs_key}":
-                    exchange.refuse(401, "Incorrect API key provided.")
-                else:
-                    exchange._head(200, "application/json", {})
-                    models = [{"id": "runs/quickstart/rl", "object": "model"}]
-                    self.wfile.write(json.dumps({"object": "list", "data": models}).encode())
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.bodies.append(body)
-                stub.keys.append(self.headers.get("Authorization"))
-                try:
-                    stub.answers.get(timeout=WAIT)(Exchange(self, body))
-                except BaseException as error:  # kept for the test: this thread has nobody to tell
-                    stub.failures.append(error)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        assert not self.failures, self.failures
-
-
-def say(text: str) -> Callable[[Exchange], None]:
-    def answer(to: Exchange) -> None:
-        to.start().delta(content=text)
-        to.end(prompt_tokens=5, completion_tokens=3, total_tokens=8)
-
-    return answer
 
 
 @pytest.fixture
@@ -258,7 +147,7 @@ def test_a_conversation_with_thinking(page, stub):
         to.end(prompt_tokens=9, completion_tokens=12, total_tokens=21, completion_tokens_details=details)
 
     stub.answers.put(think)
-    page.locator("#model", has_text="runs/quickstart/rl").wait_for()
+    page.locator("#model", has_text=MODEL).wait_for()
     ask(page, "reverse w o r d")
     summary = page.locator("summary")
     page.get_by_text("Thinking…").wait_for()
@@ -276,7 +165,7 @@ def test_a_conversation_with_thinking(page, stub):
     assert not reasoning.is_visible() and "12 tokens" in done.locator(".foot").inner_text()
     (body,) = stub.bodies
     assert body["messages"] == [{"role": "user", "content": "reverse w o r d"}]
-    assert body["thinking"] is True and body["stream"] is True and body["model"] == "runs/quickstart/rl"
+    assert body["thinking"] is True and body["stream"] is True and body["model"] == MODEL
     assert body["stream_options"] == {"include_usage": True}
     assert not {"temperature", "max_tokens"} & set(body) and stub.keys == [None]
 
@@ -378,14 +267,14 @@ def test_a_key_is_asked_for_and_sent(new_page, stub):
     page.locator("article .error", has_text="An API key is needed").wait_for()
     field.fill("s3cret")
     field.press("Tab")
-    page.locator("#model", has_text="runs/quickstart/rl").wait_for()
+    page.locator("#model", has_text=MODEL).wait_for()
     assert not page.locator("#problem").is_visible()
     stub.answers.put(say("welcome"))
     page.get_by_role("button", name="Try again").click()
     assert answered(page).locator(".answer").inner_text() == "welcome"
     assert stub.keys == [None, "Bearer s3cret"]
     page.reload()  # the tab still knows it, and nothing that outlives the tab does
-    page.locator("#model", has_text="runs/quickstart/rl").wait_for()
+    page.locator("#model", has_text=MODEL).wait_for()
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 1]
     assert page.locator("article").count() == 0
 
@@ -455,6 +344,19 @@ def test_keyboard_and_limits(page, stub):
     assert stub.bodies[0]["temperature"] == 0 and box.input_value() == ""
     box.press("Enter")  # nothing to send
     assert page.locator("article").count() == 2
+
+
+@pytest.mark.slow
+def test_a_choice_of_models_and_a_copy(new_page, stub):
+    stub.models = ["parent", "child"]
+    page = new_page(stub.url, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Model").select_option("child")
+    stub.answers.put(say("**bold** as written"))
+    ask(page, "hello")
+    answered(page).get_by_role("button", name="Copy").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "**bold** as written"
+    assert stub.bodies[0]["model"] == "child"
 
 
 @pytest.mark.slow
