@@ -18,19 +18,13 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.config import field
+from nemojax.data import problems
 from nemojax.data.tokenizer import Tokenizer
-from nemojax.generate.engine import generate
+from nemojax.generate.local import LocalGenerator, Model, batch_config, encode_request, prepared
+from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import Compute, Params
-from nemojax.rewards.problems import (
-    MODES,
-    ProblemSet,
-    Thinking,
-    grade,
-    load_problems,
-    make_questions,
-    text_of,
-)
+from nemojax.rewards.problems import MODES, ProblemSet, Question, Thinking, grade, load_problems
 
 Record = dict[str, Any]
 
@@ -63,47 +57,62 @@ def ask_all(
     compute: Compute = Compute(),
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[Record]:
-    """One record for each prompt and setting of the toggle, always in the same order.
+    """`ask` of a model in this process. ValueError for a prompt that fills the context."""
+    model = prepared(Model(arch, tokenizer, params, compute, mesh))
+    requests = [request for _, request in _make_requests(cfg)]
+    room = max(len(encode_request(model, request)) for request in requests) + cfg.max_new_tokens
+    engine = batch_config(model, len(requests) * cfg.samples, room, cfg.max_batch)
+    return ask(LocalGenerator(model, engine), cfg)
+
+
+def ask(generator: Generator, cfg: TasksConfig) -> list[Record]:
+    """One record for each prompt and setting of the toggle, always in the same order; what is drawn depends
+    on the generator and the configuration alone. `max_batch` is a local engine's, a server has its own.
 
     {"family", "thinking", "index", "prompt", "reference", "accuracy": [a number or None for each answer],
     "form", "text", "tokens", "finished"}.
     """
-    items = load_problems(cfg.problems)
+    asked = _make_requests(cfg)
+    num_problems = len(asked) // len(MODES[cfg.thinking])
+    answered = generator.answer([request for _, request in asked])
     records: list[Record] = []
-    for thinking in MODES[cfg.thinking]:
-        questions = make_questions(items, tokenizer, arch, "on" if thinking else "off")
-        prompts = [q.tokens for q in questions for _ in range(cfg.samples)]
-        key = jax.random.fold_in(jax.random.key(cfg.seed), int(thinking))
-        completions = generate(
-            params,
-            arch,
-            prompts,
-            key,
-            cfg.sampling(thinking),
-            tokenizer.eos_ids,
-            max_batch=cfg.max_batch,
-            compute=compute,
-            mesh=mesh,
+    for place, ((question, _), answers) in enumerate(zip(asked, answered, strict=True)):
+        texts = [answer.text for answer in answers]
+        grades = [grade(question, text) for text in texts]
+        records.append(
+            {
+                "family": question.problem.family,
+                "thinking": question.thinking,
+                "index": place % num_problems,
+                "prompt": question.problem.prompt,
+                "reference": question.problem.answer,
+                "accuracy": [g.accuracy for g in grades],
+                "form": [g.form for g in grades],
+                "text": texts,
+                "tokens": [answer.num_tokens for answer in answers],
+                "finished": [answer.finish_reason != "length" for answer in answers],
+            }
         )
-        for i, question in enumerate(questions):
-            answers = completions[i * cfg.samples : (i + 1) * cfg.samples]
-            texts = [text_of(a.tokens, tokenizer) for a in answers]
-            grades = [grade(question, text) for text in texts]
-            records.append(
-                {
-                    "family": question.problem.family,
-                    "thinking": thinking,
-                    "index": i,
-                    "prompt": question.problem.prompt,
-                    "reference": question.problem.answer,
-                    "accuracy": [g.accuracy for g in grades],
-                    "form": [g.form for g in grades],
-                    "text": texts,
-                    "tokens": [len(a.tokens) for a in answers],
-                    "finished": [a.finished for a in answers],
-                }
-            )
     return records
+
+
+def _make_requests(cfg: TasksConfig) -> list[tuple[Question, Request]]:
+    """Each problem once for each setting of the toggle, with a seed of its own."""
+    rng = np.random.default_rng(cfg.seed)
+    return [
+        (
+            Question(problem, thinking, ()),
+            Request(
+                messages=tuple(problems.question(problem)),
+                thinking=thinking,
+                sampling=cfg.sampling(thinking),
+                n=cfg.samples,
+                seed=int(rng.integers(2**32)),
+            ),
+        )
+        for thinking in MODES[cfg.thinking]
+        for problem in load_problems(cfg.problems)
+    ]
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]:

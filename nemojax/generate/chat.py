@@ -115,6 +115,10 @@ class Screen:
         if self.interactive:
             print(self._dim(text), file=self._out, flush=True)
 
+    def tell(self, text: str) -> None:
+        """Something that went wrong."""
+        print(text, file=self._out, flush=True)
+
     def write(self, piece: Piece) -> None:
         if not piece.text:
             return
@@ -246,7 +250,7 @@ class Chat:
             )
         if not self._screen.interactive:
             raise error
-        self._screen.note(" ".join(str(error).split()))
+        self._screen.tell(" ".join(str(error).split()))
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -275,7 +279,7 @@ class Chat:
         """About a command: told on a terminal; in a script an error, or its sense would change unseen."""
         if not self._screen.interactive:
             raise ValueError(line)
-        self._screen.note(line)
+        self._screen.tell(line)
 
 
 @contextlib.contextmanager

@@ -190,6 +190,16 @@ class AnswerStream:
     def stopped(self) -> bool:
         return self._text.stopped
 
+    @property
+    def kept(self) -> int:
+        """How many of the tokens are certain to have a part in the text."""
+        return self._text.kept
+
+    @property
+    def offsets(self) -> list[int]:
+        """For each token, the place in the text of the first character that it has a part in."""
+        return self._text.offsets
+
     def feed(self, event: Event) -> list[Piece]:
         """What is new. Text that may yet turn out to begin a stop string, a tag or a call waits."""
         assert not self.done
