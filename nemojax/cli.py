@@ -21,11 +21,16 @@ from nemojax.commands import EXIT_PREEMPTED, STAGES, Parser, split_overrides, su
 OTHERS = {
     "import": ("nemojax.checkpoints.commands", "import_command", "HF directory or hub name -> artifact"),
     "generate": ("nemojax.generate.commands", "generate_command", "answer a prompt, or a file of prompts"),
+    "serve": (
+        "nemojax.serve.commands",
+        "serve_command",
+        "answer OpenAI's clients over HTTP, and a page to chat",
+    ),
     "chat": ("nemojax.generate.commands", "chat_command", "a conversation in the terminal"),
     "export": ("nemojax.checkpoints.commands", "export_command", "artifact -> HF directory"),
     "run": ("nemojax.pipeline", "command", "run a whole pipeline of stages"),
 }
-ORDER = ("import", *STAGES, "generate", "chat", "export", "run")
+ORDER = ("import", *STAGES, "generate", "serve", "chat", "export", "run")
 
 STAGE_USAGE = "nemojax {} [--config=FILE.py] --workdir=DIR [--config.a.b=value ...]"
 EPILOG = """\
@@ -37,7 +42,7 @@ NEMOJAX_TRACEBACK=1 adds the traceback to an error."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and args and args[0] in (*STAGES, "run", "generate", "chat"):
+    if argv is None and args and args[0] in (*STAGES, "run", "generate", "serve", "chat"):
         _take_large_pages()
     try:
         with _preemptible():

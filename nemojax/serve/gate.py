@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -143,24 +143,26 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events. Hanging up, or not making room for a piece in `seconds`, ends them and closes
-    their source at once."""
+    """Server-sent events. Hanging up, or not making room for a piece in `seconds`, ends them; `close` is
+    called at the end, whichever it is."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], seconds: float):
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None], seconds: float):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._seconds = events, seconds
+        self._events, self._close, self._seconds = events, close, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._send(send))
         except (ClientGone, TimeoutError):
             pass
+        finally:  # a generator that was never begun does not clean up
+            self._close()
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._events) as events:  # pyright: ignore[reportArgumentType]
+        async with aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in events:
                 await self._piece(send, f"data: {event}\n\n".encode(), True)
@@ -209,6 +211,3 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
                 self._timer = None
 
     return PatientProtocol
-
-
-Handler = Callable[[Request, Exception], Awaitable[Response]]

@@ -22,7 +22,7 @@ from pydantic import (
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -149,8 +149,7 @@ class UserMessage(Fields):
 
 
 class AssistantMessage(Fields):
-    """A turn of the model's, as it came in a response: its reasoning is read again only if the chat template
-    asks for it."""
+    """A turn of the model's, as it came in a response; its reasoning is not read again."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -340,13 +339,6 @@ class ScoreRequest(Fields):
             [UserMessage(role="user", content=a), AssistantMessage(role="assistant", content=b)]
             for a, b in zip(asked, answered, strict=True)
         ]
-
-
-def text_of(content: Content | None) -> str:
-    """The text of a message's content; its parts follow each other without a gap."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
 
 
 def _same(first: str, a: Any, second: str, b: Any) -> None:

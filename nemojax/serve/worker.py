@@ -56,6 +56,7 @@ class Stream:
         self._news: asyncio.Queue[tuple[int, Event] | Exception] = asyncio.Queue()
         self._started = time.monotonic()
         self._last: list[float | None] = [None] * len(self.jobs)
+        self._open = [True] * len(self.jobs)
         self._closed = False
 
     def __aiter__(self) -> Stream:
@@ -75,21 +76,32 @@ class Stream:
     async def __aexit__(self, *_: object) -> None:
         self.close()
 
+    def end(self, index: int) -> None:
+        """Cancels one job, if it has not finished."""
+        if self._open[index]:
+            self._open[index] = False
+            self.left -= 1
+            self._worker._leave(self, 1, index)
+
     def close(self) -> None:
         """Cancels what is left; a second time does nothing."""
         if not self._closed:
             self._closed = True
-            self._worker._leave(self)
+            left, self.left = self.left, 0
+            self._worker._leave(self, left)
 
     def _take(self, news: tuple[int, Event] | Exception, metrics: Metrics) -> int:
         """Adds news on the loop's side; returns how many jobs ended with it."""
         if self._closed:
             return 0
-        self._news.put_nowait(news)
         if isinstance(news, Exception):
+            self._news.put_nowait(news)
             ended, self.left = self.left, 0
             return ended
         index, event = news
+        if not self._open[index]:
+            return 0
+        self._news.put_nowait(news)
         if event.tokens:
             now, before = time.monotonic(), self._last[index]
             metrics.tokens(
@@ -99,6 +111,7 @@ class Stream:
         if event.finish is None:
             return 0
         metrics.finished(len(self.jobs[index].prompt), event.cached)
+        self._open[index] = False
         self.left -= 1
         return 1
 
@@ -187,11 +200,10 @@ class Worker:
         else:
             self._idle.set()
 
-    def _leave(self, stream: Stream) -> None:
-        if stream.left:
-            self._count(-stream.left)
-            stream.left = 0
-            self._tell(lambda: self._cancel(stream))
+    def _leave(self, stream: Stream, left: int, index: int | None = None) -> None:
+        if left:
+            self._count(-left)
+            self._tell(lambda: self._cancel(stream, index))
 
     def _hand_out(self, news: list[tuple[Stream, tuple[int, Event] | Exception]], running: int) -> None:
         self.running = running
@@ -249,8 +261,11 @@ class Worker:
                 self._post([(stream, error)], self._engine.num_running)
                 return
 
-    def _cancel(self, stream: Stream) -> None:
-        for job_id in [job_id for job_id, (owner, _) in self._of.items() if owner is stream]:
+    def _cancel(self, stream: Stream, index: int | None = None) -> None:
+        """All jobs of a stream that are under way, or one of them."""
+        for job_id, (owner, place) in list(self._of.items()):
+            if owner is not stream or index not in (None, place):
+                continue
             self._engine.cancel(job_id)
             del self._of[job_id]
 
