@@ -233,7 +233,8 @@ class Engine:
         keys = self.cfg.min_keys
         while keys < length:
             keys *= 2
-        return min(keys, self.capacity)
+        # a part of the cache is cut out first: that pays when it is at most half of the whole
+        return keys if 2 * keys <= self.capacity else self.capacity
 
     def _chunk(self, length: int) -> int:
         size = _SMALL

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,9 +24,9 @@ class Sequence:
     slot: int = -1
     position: int = 0
     cached: int = 0
-    pending: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    twins: list[Sequence] = field(default_factory=list)
+    pending: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    twins: list[Sequence] = dataclasses.field(default_factory=list)
     leader: Sequence | None = None
     constraint: Constraint | None = None
     allowed: np.ndarray | None = None
@@ -75,12 +76,10 @@ class Sequence:
                 break
         self.position += len(tokens) - after_reading
         self._add(tokens)
-        if finish is None and self.constraint is not None:
-            for token in tokens:
-                self.constraint.advance(token)
-            self.allowed = self.constraint.allowed()
-            if not self.allowed.any():  # the grammar is at its end, and nothing is there to say so
-                finish = "stop"
+        if finish is None:
+            self._obey(tokens)
+            # a grammar at its end, and no stop id that could say so
+            finish = "stop" if self.allowed is not None and not self.allowed.any() else None
         return Event(self.id, tokens, logprobs, top, finish, self.cached)
 
     def close_thinking(self) -> Event | None:
@@ -94,8 +93,16 @@ class Sequence:
             return None
         self.pending = [self.tokens[-1], *close] if self.tokens else close
         self._add(close)
+        self._obey(close)
         no_top = [[] for _ in close] if self.job.top_logprobs else []
         return Event(self.id, close, [0.0] * len(close), no_top, None, self.cached)
+
+    def _obey(self, tokens: list[int]) -> None:
+        """The grammar goes on with new tokens, forced ones too."""
+        if self.constraint is not None:
+            for token in tokens:
+                self.constraint.advance(token)
+            self.allowed = self.constraint.allowed()
 
     def _add(self, tokens: list[int]) -> None:
         self.tokens += tokens

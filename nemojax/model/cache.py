@@ -10,6 +10,7 @@ tokens, K KV heads, H head dim.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ class Window(NamedTuple):
     rows_B: jax.Array | None = None
 
 
+@functools.partial(jax.jit, static_argnames=("arch", "slots", "capacity", "dtype", "split"))
 def init_cache(
     arch: ArchSpec, slots: int, capacity: int, dtype: Any = jnp.float32, split: bool = False
 ) -> Cache:

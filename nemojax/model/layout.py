@@ -50,14 +50,17 @@ def split_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
     A copy of the weights. On a CPU, a step that decodes would else copy each layer out of its stack anew.
     """
+    stacked = {name: run for name, run in params["runs"].items() if not isinstance(run, tuple)}
+    return {**params, "runs": {**params["runs"], **_split_runs(stacked)}}
 
-    def split(run: Any) -> tuple[Any, ...]:
-        if isinstance(run, tuple):
-            return run
-        layers = jax.tree.leaves(run)[0].shape[0]
-        return tuple(jax.tree.map(lambda leaf, j=j: leaf[j], run) for j in range(layers))
 
-    return {**params, "runs": {name: split(run) for name, run in params["runs"].items()}}
+@jax.jit
+def _split_runs(runs: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    def layers(run: Any) -> tuple[Any, ...]:
+        count = jax.tree.leaves(run)[0].shape[0]
+        return tuple(jax.tree.map(lambda leaf, j=j: leaf[j], run) for j in range(count))
+
+    return {name: layers(run) for name, run in runs.items()}
 
 
 def layer_params(params: Mapping[str, Any], arch: ArchSpec, layer: int) -> dict[str, Any]:
