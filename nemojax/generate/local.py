@@ -84,6 +84,7 @@ def make_jobs(model: Reader, request: Request) -> list[Job]:
 
 def make_job(model: Reader, request: Request, prompt: Sequence[int]) -> Job:
     """A job of a request whose prompt has these ids, without a key. ValueError as in `make_jobs`."""
+    TextStream(model.tokenizer, request.stop)  # says what is wrong with stop strings
     limit = request.thinking_budget
     return Job(
         tuple(prompt),
@@ -278,6 +279,7 @@ class LocalGenerator:
         jobs = [self._jobs(request, f"request {index}") for index, request in enumerate(requests)]
         waiting = deque((i, job) for i, of_one in enumerate(jobs) for job in of_one)
         streams: list[list[AnswerStream]] = [[] for _ in requests]
+        left = [request.n for request in requests]
         under_way: dict[int, int] = {}  # job -> request
         try:
             while waiting or under_way:
@@ -291,7 +293,8 @@ class LocalGenerator:
                 for job_id, index in list(under_way.items()):
                     if job_id not in self._running:
                         del under_way[job_id]
-                        if len(streams[index]) == requests[index].n and all(s.done for s in streams[index]):
+                        left[index] -= 1
+                        if not left[index]:
                             yield index, [stream.answer() for stream in streams[index]]
         finally:
             for job_id in under_way:
