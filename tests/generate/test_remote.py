@@ -1,153 +1,26 @@
 """A real server on this machine that fails on purpose; what was asked of it is counted."""
 
 import asyncio
-import http.server
-import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from email.utils import formatdate
 
 import pytest
 
+from nemojax.generate.local import Piece
 from nemojax.generate.protocol import Answer, Request, ToolCall
 from nemojax.generate.remote import Pace, RemoteConfig, RemoteGenerator
 from nemojax.generate.sampling import SamplingConfig
+from tests.generate.unreliable import Server, serving, wait_until
 
 KEY = "a-secret-of-this-test"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Does what `script` says to the next requests, one entry each, then answers as `reply` does.
-
-    An entry: a number (status), (status, body, headers), "drop" (the connection ends), "cut" (in the middle
-    of the body), "slow" (no answer until `release` is set), bytes (that body), or a callable (body -> entry).
-    """
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list = []
-        self.lock, self.release = threading.Lock(), threading.Event()
-        self.bodies: list[dict] = []
-        self.paths: Counter[str] = Counter()
-        self.keys: list[str | None] = []
-        self.now = self.peak = self.slow = self.cut_off = 0
-        self.gate: threading.Barrier | None = None  # so many requests must be there at once
-        self.models = ["toy"]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # clients that leave are what some tests are about
-
-    def reply(self, path: str, body: dict) -> dict:
-        if path.endswith("/chat/completions"):
-            said = body["messages"][-1]["content"]
-            choices = [{"message": {"role": "assistant", "content": f"{said} {i}"}} for i in range(body["n"])]
-        else:
-            choices = [{"text": f"{body['prompt']} {i}"} for i in range(body["n"])]
-        for index, choice in enumerate(choices):
-            choice |= {"index": index, "finish_reason": "stop"}
-        n = len(choices)
-        usage = {"prompt_tokens": 5, "completion_tokens": 4 * n, "total_tokens": 5 + 4 * n}
-        return {"object": "x", "choices": choices[::-1], "usage": usage}
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.server.paths[self.path] += 1
-        rows = [{"id": name, "object": "model"} for name in self.server.models]
-        self._send(200, json.dumps({"object": "list", "data": rows}).encode())
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        with server.lock:
-            server.bodies.append(body)
-            server.paths[self.path] += 1
-            server.keys.append(self.headers.get("authorization"))
-            server.now += 1
-            server.peak = max(server.peak, server.now)
-            entry = server.script.pop(0) if server.script else None
-        try:
-            if server.gate is not None:
-                server.gate.wait(30)
-            self._act(entry, body)
-        finally:
-            with server.lock:
-                server.now -= 1
-
-    def _act(self, entry, body: dict) -> None:
-        if callable(entry):
-            entry = entry(body)
-        match entry:
-            case None:
-                self._send(200, json.dumps(self.server.reply(self.path, body)).encode())
-            case int():
-                self._send(entry, json.dumps({"error": {"message": f"no luck:\n {entry}"}}).encode())
-            case (status, dict(content), headers):
-                self._send(status, json.dumps(content).encode(), headers)
-            case dict():
-                self._send(200, json.dumps(entry).encode())
-            case bytes():
-                self._send(200, entry)
-            case "drop":
-                self.close_connection = True
-            case "cut":
-                self.send_response(200)
-                self.send_header("content-length", "1000")
-                self.end_headers()
-                self.wfile.write(b'{"choices": [')
-                self.close_connection = True
-            case "slow":
-                with self.server.lock:
-                    self.server.slow += 1
-                # what a client that has left looks like: its end of the connection is closed
-                self.connection.settimeout(0.02)
-                while not self.server.release.is_set():
-                    try:
-                        if self.connection.recv(1) == b"":
-                            with self.server.lock:
-                                self.server.cut_off += 1
-                            self.close_connection = True
-                            return
-                    except TimeoutError:
-                        continue
-                self.connection.settimeout(None)
-                self._act(None, body)
-
-    def _send(self, status: int, content: bytes, headers: dict | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.release.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving() as server:
+        yield server
 
 
 def config(server: Server, **values) -> RemoteConfig:
@@ -227,13 +100,6 @@ def test_closing_the_stream_cancels_what_is_under_way(server):
         wait_until(lambda: server.now == 0)
         assert len(server.bodies) < 203
         assert texts(generator.answer([chat("again")])) == [["again 0"]]
-
-
-def wait_until(true) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("entry", [408, 409, 429, 500, 502, 503, 599, "drop", "cut"])
@@ -531,6 +397,96 @@ def test_tokens_of_several_samples_are_shared_by_length(server):
     [answers] = ask(server, Request(prompt="p", n=4))
     counts = [answer.num_tokens for answer in answers]
     assert sum(counts) == 31 and counts[1] > counts[3] > counts[0]
+
+
+def delta(finish: str | None = None, **message) -> dict:
+    return {"choices": [{"index": 0, "delta": message, "finish_reason": finish}]}
+
+
+def stream(server: Server, request: Request, **values) -> tuple[list[tuple[str, str]], Answer]:
+    with RemoteGenerator(config(server, **values)) as generator:
+        *pieces, answer = generator.pieces(request)
+    assert isinstance(answer, Answer)
+    return [(p.kind, p.text) for p in pieces if isinstance(p, Piece)], answer
+
+
+@pytest.mark.parametrize("request_", [chat("a b c"), Request(prompt="a b c")])
+def test_pieces(server, request_):
+    pieces, answer = stream(server, request_)
+    assert pieces == [("content", "a"), ("content", " b"), ("content", " c"), ("content", " 0")]
+    assert (answer.text, answer.content, answer.finish_reason) == ("a b c 0", "a b c 0", "stop")
+    assert (answer.num_tokens, answer.prompt_tokens) == (4, 5)
+    assert server.bodies[0]["stream"] is True and server.bodies[0]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [delta(reasoning_content="a "), delta(reasoning_content="b"), delta(content="c"), delta("stop")],
+        [delta(reasoning="a "), delta(reasoning="b"), delta(content="c"), delta("stop", content="")],
+        [delta(content="<thi"), delta(content="nk>a b</th"), delta(content="ink>c"), delta("stop")],
+    ],
+)
+def test_reasoning_in_pieces(server, chunks):
+    server.chunks = [*chunks, "[DONE]"]
+    pieces, answer = stream(server, chat("q"))
+    assert "".join(text for kind, text in pieces if kind == "reasoning") == "a b"
+    assert "".join(text for kind, text in pieces if kind == "content") == "c"
+    assert (answer.text, answer.reasoning, answer.content) == ("<think>a b</think>c", "a b", "c")
+
+
+def test_calls_in_pieces(server):
+    def part(**function) -> dict:
+        return delta(tool_calls=[{"index": 0, "function": function}])
+
+    server.chunks = [
+        part(name="add", arguments=""),
+        part(arguments='{"a"'),
+        part(arguments=": 1}"),
+        delta("stop"),
+    ]
+    pieces, answer = stream(server, chat("q"))
+    assert pieces == [("tool_call", '{"a": 1}')]
+    assert answer.tool_calls == (ToolCall("add", '{"a": 1}'),) and answer.finish_reason == "tool_calls"
+
+
+def test_a_stream_is_asked_for_again_until_it_begins(server):
+    server.script = [503, "drop", "cut"]
+    assert stream(server, chat("a"))[1].text == "a 0" and len(server.bodies) == 4
+
+
+@pytest.mark.parametrize(
+    ("chunks", "error", "message"),
+    [
+        ([delta(content="a")], OSError, "expected an answer to its end, got 1 pieces of it"),
+        ([delta(content="a"), {"error": {"message": "out of memory"}}], OSError, "broke off.*out of memory"),
+        ([delta(content="a"), "not JSON"], ValueError, "expected JSON, got 'not JSON'"),
+        ([{"object": "other"}], ValueError, "with 'choices'"),
+        ([{"choices": [{"finish_reason": "stop"}]}], ValueError, "with 'delta'"),
+    ],
+)
+def test_a_stream_that_breaks_off(server, chunks, error, message):
+    server.chunks = chunks
+    with pytest.raises(error, match=message) as caught:
+        stream(server, chat("q"))
+    assert str(caught.value).count(server.url) == 1 and len(server.bodies) == 1
+
+
+def test_a_stream_that_falls_silent(server):
+    """What has begun is not asked for again."""
+    server.pause_after = 1
+    with pytest.raises(OSError, match="none within 0.3 s"):
+        stream(server, chat("a b"), timeout=0.3)
+    assert len(server.bodies) == 1
+
+
+def test_closing_pieces_hangs_up(server):
+    server.pause_after = 1
+    with RemoteGenerator(config(server)) as generator:
+        pieces = generator.pieces(chat("a b c"))
+        assert next(pieces) == Piece("content", "a")
+        pieces.close()
+        wait_until(lambda: server.cut_off == 1)
 
 
 def test_it_works_inside_a_running_loop(server):
