@@ -46,11 +46,11 @@ def run_batching(args: argparse.Namespace) -> Numbers:
 
 
 def measure(server: Server, name: str, fields: dict[str, Any]) -> Numbers:
-    """Every number of clients once to warm up, then once for the record."""
+    """The whole load once to warm up, with other prompts, then for the record."""
     body = {"model": name, "temperature": 0, "max_tokens": NEW, "stream": True, **fields}
     numbers: Numbers = {}
-    for clients in REQUESTS:
-        asyncio.run(load(server.port, body, clients, 1, seed=1000 + clients))
+    for clients, requests in REQUESTS.items():
+        asyncio.run(load(server.port, body, clients, requests, seed=1000 + clients))
     for clients, requests in REQUESTS.items():
         cpu, start = server.cpu_seconds(), time.perf_counter()
         replies = asyncio.run(load(server.port, body, clients, requests, seed=clients))
