@@ -53,6 +53,8 @@ def compare(
     """Lets the contenders take turns and prints what came out; `metrics` are those that are compared with
     the first one's. `extra`: arguments for the children beside those of this process."""
     if args.only:
+        if args.only not in contenders:
+            raise SystemExit(f"--only: expected one of {', '.join(contenders)}, got {args.only!r}")
         one = contenders[args.only]
         numbers = one.measure(args)
         print(json.dumps({"numbers": numbers, "versions": {p: _version(p) for p in one.packages}}))
