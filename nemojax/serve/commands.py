@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -111,9 +110,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--api_key_file", metavar="FILE", help="keys that clients must bring, one a line; without it none"
     )
-    parser.add_argument(
-        "--force", action=argparse.BooleanOptionalAction, default=False, help="let others in without a key"
-    )
+    parser.add_argument("--force", action="store_true", help="let others in without a key")
     parser.add_argument("--served_name", metavar="NAME", help="what clients call the model (the artifact's)")
     return parser
 

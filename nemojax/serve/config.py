@@ -43,6 +43,9 @@ class ServeConfig:
     """A server of one model."""
 
     engine: EngineConfig = field(EngineConfig(), "how sequences share the devices")
+    draft: str | None = field(
+        None, "artifact of a small model; it proposes tokens if speculation.kind is draft"
+    )
     compute: Compute = field(Compute(), "precision")
     mesh: MeshConfig = field(MeshConfig(), "devices")
     limits: Limits = field(Limits(), "what clients may ask for")

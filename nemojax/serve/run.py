@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import socket
 import sys
@@ -11,12 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import uvicorn
+from prometheus_client import disable_created_metrics
 
+from nemojax.arch import ArchSpec
+from nemojax.checkpoints.artifact import load_model
 from nemojax.generate.engine import Engine
 from nemojax.generate.jobs import Job
 from nemojax.generate.local import Model, prepared
-from nemojax.generate.sampling import SamplingConfig
+from nemojax.model.llama import Params
 from nemojax.serve.app import make_app
 from nemojax.serve.config import ServeConfig
 from nemojax.serve.gate import Keys, make_protocol
@@ -25,6 +30,7 @@ from nemojax.serve.service import Service
 from nemojax.serve.worker import Worker
 from nemojax.sharding import make_mesh
 
+_WARM_TOKENS = 32  # a prompt's; longer ones have programs of their own
 _LAST_SECONDS = 1.0  # for connections to close, when what they were for is done
 
 
@@ -42,10 +48,14 @@ def run(
             f"reward_token: expected an id below {model.arch.vocab_size} (the vocabulary), got "
             f"{cfg.reward_token}"
         )
+    draft = _load_draft(cfg, model.mesh)
+    disable_created_metrics()
     metrics = Metrics()
 
     def make_engine() -> Engine:
-        return Engine(model.params, model.arch, cfg.engine, compute=model.compute, mesh=model.mesh)
+        return Engine(
+            model.params, model.arch, cfg.engine, compute=model.compute, mesh=model.mesh, draft=draft
+        )
 
     worker = Worker(make_engine, cfg.engine.slots, cfg.limits.queue, metrics)
     metrics.watch(cfg.engine.slots, lambda: worker.running, lambda: max(0, worker.open - worker.running))
@@ -64,6 +74,18 @@ def run(
     server.run([listener])
     if worker.dead:
         raise RuntimeError(worker.dead)
+
+
+def _load_draft(cfg: ServeConfig, mesh: jax.sharding.Mesh | None) -> tuple[Params, ArchSpec] | None:
+    if cfg.draft is None:
+        return None
+    if cfg.engine.speculation.kind != "draft":
+        raise ValueError(
+            "draft: expected engine.speculation.kind to be 'draft' with it, got "
+            f"{cfg.engine.speculation.kind!r}"
+        )
+    arch, params = load_model(cfg.draft, mesh)
+    return params, arch
 
 
 class Server(uvicorn.Server):
@@ -118,16 +140,18 @@ class Server(uvicorn.Server):
 
 
 async def _warm(service: Service) -> None:
-    """Compiles the programs of short prompts: a first request would wait for them."""
-    tokenizer = service.model.tokenizer
-    room = service.context - 2
-    if room < 1:
+    """Compiles the programs of short prompts, alone and in a full batch, before somebody waits for them."""
+    bos, engine = service.model.tokenizer.bos_id, service.cfg.engine
+    length = min(_WARM_TOKENS, service.context - 2)
+    if length < 1:
         return
-    new = min(service.cfg.engine.decode_steps + 2, room)
-    sampling = SamplingConfig(max_new_tokens=new)
-    async with service.worker.submit([Job((tokenizer.bos_id,), sampling)]) as events:
-        async for _ in events:
-            pass
+    sampling = dataclasses.replace(service.cfg.sampling, max_new_tokens=engine.decode_steps + 2)
+    vocab = service.model.arch.vocab_size
+    for num in (1, engine.slots):
+        jobs = [Job((*[bos] * (length - 1), i % vocab), sampling) for i in range(num)]
+        async with service.worker.submit(jobs) as events:
+            async for _ in events:
+                pass
 
 
 def address(listener: socket.socket) -> str:
