@@ -12,14 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
+from nemojax.generate import programs
+from nemojax.generate.sampling import SamplingConfig
 from nemojax.model import llama
-from nemojax.model.attention import make_context
 from nemojax.model.cache import init_cache
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
@@ -140,22 +142,16 @@ def test_a_decoding_step(mesh):
     params = abstract(llama.abstract_params(ARCH, jnp.bfloat16), llama.param_shardings(ARCH, mesh))
     cache = {}
     for name, run in jax.eval_shape(lambda: init_cache(ARCH, ROWS, CAPACITY, jnp.dtype("bfloat16"))).items():
-        heads = run["k"].shape[3]
-        cache[name] = over(run, mesh, None, BATCH_AXES, None, "tensor" if heads % 2 == 0 else None, None)
-    tokens_B, position_B = (
-        over(jax.ShapeDtypeStruct((ROWS,), jnp.int32), mesh, BATCH_AXES) for _ in range(2)
-    )
-
-    def decode(params, cache, last_B, position_B):
-        compute = llama.Compute(dtype="bfloat16")
-        ctx = make_context(ARCH, position_B[:, None])
-        h_B1D = llama.embed(params, last_B[:, None], compute)
-        h_B1D, _, cache = llama.apply_blocks(params, ARCH, h_B1D, ctx, cache=cache, compute=compute)
-        return jnp.argmax(llama.head(params, ARCH, h_B1D)[:, 0], -1).astype(jnp.int32), cache
-
+        heads = run["k"].shape[2]
+        cache[name] = over(run, mesh, None, BATCH_AXES, "tensor" if heads % 2 == 0 else None, None, None)
+    rows = programs.pack([(5, 16, 8, SamplingConfig(), (0, i), ()) for i in range(ROWS)], 2)
+    how = programs.How(ARCH, llama.Compute(dtype="bfloat16"), steps=8)
+    state = programs.State(cache, None)
+    steps = (np.int32(8), np.int32(0))
     with use_mesh(mesh):
-        compiled = jax.jit(decode, donate_argnums=1).lower(params, cache, tokens_B, position_B).compile()
-    check_memory(compiled, params, cache, tokens_B, position_B)
+        lowered = programs.decode.lower(params, state, rows, *steps, how=how, keys=CAPACITY)
+        compiled = lowered.compile()
+    check_memory(compiled, params, cache)
     # partial sums of the heads and channels that lie on two devices
     assert "all-reduce" in collectives(compiled)
     memory: Any = compiled.memory_analysis()

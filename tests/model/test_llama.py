@@ -8,7 +8,8 @@ import pytest
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.model import layout, llama
 from nemojax.model.attention import make_context
-from nemojax.model.cache import init_cache
+from nemojax.model.cache import Window, fork, init_cache
+from nemojax.model.layout import split_layers
 from nemojax.model.llama import Compute
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.train import lm_loss
@@ -100,26 +101,77 @@ def test_sliding_window_limits_what_a_query_sees():
     assert (difference[4:7] > 0).all()
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("prefill", [1, 9, 12])
-def test_cache_gives_the_logits_of_the_whole_sequence(params, prefill):
+def test_cache_gives_the_logits_of_the_whole_sequence(params, prefill, split):
     rows, length = 3, 14
     tokens = tokens_of(rows, length)
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
 
+    weights = split_layers(params) if split else params
+
     @jax.jit
     def forward(part, where, cache):
         ctx = make_context(MIXED, where)
-        h, _, cache = llama.apply_blocks(params, MIXED, llama.embed(params, part), ctx, cache=cache)
-        return llama.head(params, MIXED, h), cache
+        h, _, cache = llama.apply_blocks(
+            weights, MIXED, llama.embed(weights, part), ctx, window=Window(cache, 16)
+        )
+        return llama.head(weights, MIXED, h), cache
 
-    cache = init_cache(MIXED, rows, 16)
-    assert len(cache) == 3 and sum(c["k"].shape[0] for c in cache.values()) == len(MIXED.attention_layers)
+    cache = init_cache(MIXED, rows, 16, split=split)
+    layers = [len(run) if split else run["k"].shape[0] for run in cache.values()]
+    assert len(layers) == 3 and sum(layers) == len(MIXED.attention_layers)
     got, cache = forward(tokens[:, :prefill], positions[:, :prefill], cache)
     outputs = [got]
     for t in range(prefill, length):
         got, cache = forward(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
         outputs.append(got)
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), logits(params, tokens), atol=2e-5)
+
+
+def test_params_split_by_layer_are_the_same_model(params):
+    tokens = tokens_of(2, 12)
+    split = split_layers(params)
+    assert split_layers(split)["runs"]["000"][0] is split["runs"]["000"][0]
+    got, taps = jax.jit(lambda p: llama.apply(p, MIXED, {"tokens": tokens}, taps=(0, 3)))(split)
+    want, wanted = jax.jit(lambda p: llama.apply(p, MIXED, {"tokens": tokens}, taps=(0, 3)))(params)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), taps, wanted)
+
+
+@pytest.mark.parametrize("dtype, atol", [("bfloat16", 0.004), ("int8", 0.015), ("float8_e4m3fn", 0.05)])
+def test_a_cache_of_fewer_bits_is_near(params, dtype, atol):
+    """Probabilities of the next token; scales follow each head, so that a large one spoils no other."""
+    tokens, rows = tokens_of(4, 14), 4
+    positions = jnp.broadcast_to(jnp.arange(14), (rows, 14))
+    window = Window(init_cache(MIXED, rows, 16, dtype), 16)
+    h, _, cache = llama.apply_blocks(
+        params, MIXED, llama.embed(params, tokens), make_context(MIXED, positions), window=window
+    )
+    assert cache is not None
+    assert all(run["k"].dtype == dtype for run in cache.values())
+    assert all(("k_scale" in run) == (dtype != "bfloat16") for run in cache.values())
+    got = jax.nn.softmax(llama.head(params, MIXED, h))
+    np.testing.assert_allclose(got, jax.nn.softmax(logits(params, tokens)), atol=atol)
+
+
+def test_forked_slots_hold_the_same(params):
+    """Slot 0 read a prompt; slot 2 gets its first 8 positions, slot 1 stays as it was."""
+    tokens = tokens_of(1, 12)
+    for split in (False, True):
+        weights = split_layers(params) if split else params
+        start = init_cache(MIXED, 3, 16, "int8", split)
+        ctx = make_context(MIXED, jnp.arange(12)[None])
+        h = llama.embed(weights, tokens)
+        _, _, cache = llama.apply_blocks(weights, MIXED, h, ctx, window=Window(start, 16, jnp.array([0])))
+        assert cache is not None
+        forked = fork(cache, jnp.array([0, 0]), jnp.array([2, 2**30]), 8)
+        for leaf, old in zip(jax.tree.leaves(forked), jax.tree.leaves(cache), strict=True):
+            leaf, old = (
+                np.asarray(x, np.float32) if split else np.asarray(x[0], np.float32) for x in (leaf, old)
+            )
+            assert (leaf[2, :, :8] == old[0, :, :8]).all() and leaf[2, :, :8].any()
+            assert not leaf[2, :, 8:].any() and (leaf[:2] == old[:2]).all()
 
 
 @pytest.mark.parametrize("compute", [Compute(remat="full"), Compute(remat="dots"), Compute(unroll=3)])
