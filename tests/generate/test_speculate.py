@@ -97,7 +97,7 @@ def test_samples_follow_the_distribution(params, draft, kind):
     fast = Engine(params, ARCH, cfg, draft=draft if kind == "draft" else None)
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(11), count))).tolist()
     out = complete(fast, [Job(prompt, sampling, (high, low)) for high, low in keys])
-    assert fast.stats.proposed_tokens > 1000 and fast.stats.accepted_tokens > 50
+    assert fast.stats.proposed_tokens > 200 and fast.stats.accepted_tokens > 40
     firsts = np.array([c.tokens[0] for c in out])
     common = int(np.bincount(firsts).argmax())
     seconds = np.array([c.tokens[1] for c in out if c.tokens[0] == common])
