@@ -20,6 +20,7 @@ from nemojax.data.packing import make_batch
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.evaluate.tasks import save_records
 from nemojax.generate.completions import Completion, generate
+from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import Grade, Question, Thinking, grade, text_of
@@ -80,20 +81,29 @@ def roll_out(
     *,
     compute: Compute = Compute(),
     mesh: jax.sharding.Mesh | None = None,
+    generator: Generator | None = None,
 ) -> tuple[list[Sample], dict[str, float]]:
-    """G graded answers to each question, group by group, and the rollout's metrics."""
+    """G graded answers to each question, group by group, and the rollout's metrics.
+
+    `generator`: who answers instead of these parameters, such as a server that holds the same weights; it
+    has to tell the ids and log-probabilities of what it drew (ValueError if it does not).
+    """
     group = cfg.num_generations_per_prompt
-    completions = generate(
-        params,
-        arch,
-        [q.tokens for q in questions for _ in range(group)],
-        key,
-        SamplingConfig(temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens),
-        tokenizer.eos_ids,
-        max_batch=cfg.max_batch,
-        compute=compute,
-        mesh=mesh,
-    )
+    sampling = SamplingConfig(temperature=cfg.temperature, max_new_tokens=cfg.max_new_tokens)
+    if generator is not None:
+        completions = _ask(generator, questions, key, sampling, group)
+    else:
+        completions = generate(
+            params,
+            arch,
+            [q.tokens for q in questions for _ in range(group)],
+            key,
+            sampling,
+            tokenizer.eos_ids,
+            max_batch=cfg.max_batch,
+            compute=compute,
+            mesh=mesh,
+        )
     texts = [text_of(c.tokens, tokenizer) for c in completions]
     grades = [grade(questions[i // group], text) for i, text in enumerate(texts)]
     rewards = np.array([g.reward(cfg.format_weight) for g in grades])
@@ -111,6 +121,27 @@ def roll_out(
     ]
     # masked for length is not a failure of the verifier: its rate is counted from the grades
     return samples, advantages.metrics | _metrics(samples)
+
+
+def _ask(
+    generator: Generator, questions: Sequence[Question], key: jax.Array, sampling: SamplingConfig, n: int
+) -> list[Completion]:
+    """n completions of each question's ids by somebody else."""
+    seeds = np.asarray(jax.random.bits(key, (len(questions),), jax.numpy.uint32)).tolist()
+    requests = [
+        Request(tokens=question.tokens, sampling=sampling, n=n, seed=seed)
+        for question, seed in zip(questions, seeds, strict=True)
+    ]
+    completions = []
+    for answer in (answer for answers in generator.answer(requests) for answer in answers):
+        if answer.tokens is None or answer.logprobs is None:
+            raise ValueError(
+                "rollouts: expected the ids and log-probabilities of what was drawn, got text alone; use a "
+                "server that tells them (return_token_ids and logprobs)"
+            )
+        finished = answer.finish_reason != "length"
+        completions.append(Completion(list(answer.tokens), list(answer.logprobs), finished))
+    return completions
 
 
 def _metrics(samples: Sequence[Sample]) -> dict[str, float]:

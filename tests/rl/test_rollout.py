@@ -1,5 +1,6 @@
 """Rows of sampled tokens line up with what the trainer scores; a rollout's state survives a restart."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 
 from nemojax.arch import uniform
 from nemojax.data.tokenizer import train_tokenizer
+from nemojax.generate.engine import EngineConfig
+from nemojax.generate.local import LocalGenerator, Model
 from nemojax.losses.policy import PolicyLossConfig
 from nemojax.model.llama import init_params
 from nemojax.rewards.problems import ProblemSet, ask, grade, load_problems
@@ -48,6 +51,34 @@ def make_batches(model, tokenizer, workdir, **changes):
         "loss": PolicyLossConfig(reference_policy_kl_penalty=0.1),
     }
     return Rollouts(Config(**(values | changes)), arch, tokenizer, params, None, workdir)
+
+
+def test_somebody_else_may_answer(model, tokenizer):
+    """An engine of its own tells what the trainer agrees with; text alone is refused."""
+    arch, params = model
+    problems = load_problems(ProblemSet(("sum2x1",), 4, "train"))
+    questions = [ask(p, i % 2 == 0, tokenizer, arch) for i, p in enumerate(problems)]
+    generator = LocalGenerator(Model(arch, tokenizer, params), EngineConfig(slots=8))
+    samples, metrics = roll_out(
+        {}, arch, tokenizer, questions, jax.random.key(0), ROLLOUT, generator=generator
+    )
+    assert len(samples) == 32 and len({tuple(s.completion.tokens) for s in samples}) > 16
+    assert 0 < metrics["mean_gen_tokens_per_sample"] <= 16
+    rows = [dataclasses.replace(s, used=True, advantage=1.0) for s in samples]
+    batch = pack(rows, 128, min_rows=0, row_multiple=8, pad_id=tokenizer.pad_id)
+    logps = np.asarray(policy_logps(params, arch, {k: jax.numpy.asarray(v) for k, v in batch.items()}))
+    drawn = batch["weights"] > 0
+    np.testing.assert_allclose(logps[drawn], batch["sampler_logps"][drawn], atol=1e-4)
+
+    class Text:
+        def answer(self, requests):
+            return [
+                [dataclasses.replace(a, tokens=None, logprobs=None) for a in answers]
+                for answers in generator.answer(requests)
+            ]
+
+    with pytest.raises(ValueError, match="ids and log-probabilities"):
+        roll_out({}, arch, tokenizer, questions, jax.random.key(0), ROLLOUT, generator=Text())  # pyright: ignore[reportArgumentType]
 
 
 def test_sampler_logps_stand_where_the_trainer_scores_them(model, tokenizer):
