@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
 
@@ -54,15 +53,10 @@ _SAID = {  # what each status means, for the schema
 
 
 def make_app(service: Service, keys: Keys) -> FastAPI:
-    """Serves `service`, whose worker lives as long as the application."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await service.worker.stop()
+    """The application that answers for `service`."""
 
     # FastAPI's pages about the schema load scripts from elsewhere
-    app = FastAPI(title=TITLE, version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title=TITLE, version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Door, keys=keys, metrics=service.metrics, is_open=lambda path: path in _OPEN)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

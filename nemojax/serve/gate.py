@@ -81,6 +81,10 @@ class Door:
             await self.app(scope, receive, noting)
         except ApiError as error:  # of the keys: those of routes have been answered inside
             await error_response(error)(scope, receive, noting)
+        except asyncio.CancelledError:  # only the end of the server does that; it need not be a traceback
+            if status == GONE:
+                ending = ApiError(503, "shutting down", code="unavailable", headers={"Connection": "close"})
+                await error_response(ending)(scope, receive, noting)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.answered(route, status)

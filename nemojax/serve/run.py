@@ -65,13 +65,17 @@ def run(
         app,
         http=make_protocol(cfg.limits.io_seconds),
         ws="none",
+        lifespan="off",
         log_level="info" if cfg.access_log else "warning",
         access_log=cfg.access_log,
         server_header=False,
         timeout_graceful_shutdown=_LAST_SECONDS,  # pyright: ignore[reportArgumentType]
     )
     server = Server(config, service, listener)
-    server.run([listener])
+    try:
+        server.run([listener])
+    finally:
+        worker.stop()
     if worker.dead:
         raise RuntimeError(worker.dead)
 

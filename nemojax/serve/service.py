@@ -117,8 +117,10 @@ class Service:
             raise ApiError(
                 400, f"expected at most {self.worker.capacity} samples at once, got {num}; ask for less"
             )
-        if self.worker.open + num > self.worker.capacity:  # before any work is done for it
-            raise self.explain(Overloaded())
+        try:
+            self.worker.check_room(num)  # before any work is done for it
+        except (Overloaded, Stopped) as error:
+            raise self.explain(error) from error
 
     def explain(self, error: Exception) -> ApiError:
         """The error of the client's, or of ours, that stopped a request."""

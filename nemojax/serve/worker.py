@@ -146,18 +146,25 @@ class Worker:
         self._thread.start()
         await ready
 
-    async def stop(self) -> None:
-        """Ends the thread after the step that it is in."""
+    def stop(self) -> None:
+        """Ends the thread, after the step that it is in: the interpreter must not end under it."""
         with self._wake:
             self._stop = True
             self._wake.notify()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            self._thread.join()
 
     async def drained(self) -> None:
         """Refuses what comes from now on, and waits until all that was accepted is done."""
         self.draining = True
         await self._idle.wait()
+
+    def check_room(self, num: int) -> None:
+        """Raises what `submit` of so many jobs would raise now."""
+        if self.dead is not None or self.draining:
+            raise Stopped(self.dead or "the server is shutting down")
+        if self.open + num > self.capacity:
+            raise Overloaded
 
     def submit(self, jobs: Sequence[Job]) -> Stream:
         """Queues jobs together. Overloaded if they find no room; Stopped when going down."""
@@ -187,10 +194,7 @@ class Worker:
     # on the loop's side
 
     def _admit(self, num: int) -> None:
-        if self.dead is not None or self.draining:
-            raise Stopped(self.dead or "the server is shutting down")
-        if self.open + num > self.capacity:
-            raise Overloaded
+        self.check_room(num)
         self._count(num)
 
     def _count(self, change: int) -> None:

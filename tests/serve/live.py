@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ class Live:
         headers = {"Content-Type": "application/json"} | dict(headers)
         asked = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            answer = urllib.request.urlopen(asked, timeout=PATIENCE)
+            answer: Any = urllib.request.urlopen(asked, timeout=PATIENCE)
         except urllib.error.HTTPError as error:
             answer = error
         with answer:

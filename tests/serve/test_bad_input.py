@@ -1,6 +1,7 @@
 """What clients should not send: the OpenAI error shape with the right status, and the server goes on."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -368,15 +369,16 @@ def test_a_client_that_hangs_up_frees_its_slot(server, streams):
 
 
 def test_a_client_that_hangs_up_in_the_queue(server):
+    before = server.metrics()["sequences_total"]
     body = json.dumps(LONG | {"n": 8}).encode()
     with server.connect() as first, server.connect() as second:
-        first.sendall(head(len(body)) + body)
-        server.wait_until(sequences_running=8)
-        second.sendall(head(len(body)) + body)
-        server.wait_until(sequences_waiting=8)
+        for connection in (first, second):
+            connection.sendall(head(len(body)) + body)
+        server.wait_until(sequences_running=8, sequences_waiting=8)
         second.close()
-        server.wait_until(sequences_waiting=0)
-    server.wait_until(sequences_running=0)
+        server.wait_until(sequences_running=0, sequences_waiting=0)
+        assert first.recv(20).startswith(b"HTTP/1.1 200")
+    assert server.metrics()["sequences_total"] == before + 8
 
 
 def test_a_reader_that_stops_reading_is_let_go(server):
@@ -389,6 +391,11 @@ def test_a_reader_that_stops_reading_is_let_go(server):
         server.wait_until(sequences_running=8)
         assert server.request(CHATS, ASK)[0] == 200
         server.wait_until(sequences_running=0, sequences_waiting=0)
+        parts = []
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65536):
+                parts.append(part)
+        assert b"data: {" in parts[0] and b"[DONE]" not in b"".join(parts)
 
 
 def test_500_clients_at_once(server):
