@@ -66,7 +66,8 @@ def make_app(service: Service, keys: Keys) -> FastAPI:
     _add_completions(app, service)
     _add_scores(app, service)
     _add_state(app, service)
-    app.openapi = lambda: _schema(app)
+    schema = _schema(app, service.name, bool(keys))
+    app.openapi = lambda: schema
     return app
 
 
@@ -219,20 +220,21 @@ def _posted(
     }
 
 
-def _schema(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, bodies = models_json_schema(
-            [(body, "validation") for body in (*_BODIES, replies.ChatChunk)],
-            ref_template="#/components/schemas/{model}",
-        )
-        components = schema.setdefault("components", {})
-        components.setdefault("schemas", {}).update(bodies.get("$defs", {}))
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, methods in schema["paths"].items():
-            for operation in methods.values():
-                operation["responses"].pop("422", None)  # we answer 400
-                if path not in _OPEN:
-                    operation["security"] = [{"key": []}, {}]
-        app.openapi_schema = schema
-    return app.openapi_schema
+def _schema(app: FastAPI, name: str, locked: bool) -> dict[str, Any]:
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    _, bodies = models_json_schema(
+        [(body, "validation") for body in (*_BODIES, replies.ChatChunk)],
+        ref_template="#/components/schemas/{model}",
+    )
+    schemas = schema["components"]["schemas"]
+    schemas.update(bodies.get("$defs", {}))
+    for body in _BODIES:
+        schemas[body.__name__]["properties"]["model"] = {"enum": [name]}
+    if locked:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, methods in schema["paths"].items():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)  # we answer 400
+            if locked and path not in _OPEN:
+                operation["security"] = [{"key": []}]
+    return schema
