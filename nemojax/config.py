@@ -34,8 +34,12 @@ def required(doc: str) -> Any:
     return dataclasses.field(metadata={"doc": doc})
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """The dataclass `cls` from a nested mapping; ValueError for an unknown, missing or mistyped key."""
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "", base: T | None = None) -> T:
+    """The dataclass `cls` from a nested mapping; ValueError for an unknown, missing or mistyped key.
+
+    What is not given is as in `base`, else as the class has it by default: a section that is given in part
+    keeps the rest of what its field has.
+    """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in values:
@@ -43,9 +47,12 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             raise ValueError(f"{where}{key}: unknown key{_nearest(key, fields)}")
     out: dict[str, Any] = {}
     for name, spec in fields.items():
+        default = _default(spec) if base is None else getattr(base, name)
         if name in values:
-            out[name] = _convert(hints[name], values[name], f"{where}{name}")
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            out[name] = _convert(hints[name], values[name], f"{where}{name}", default)
+        elif base is not None:
+            out[name] = default
+        elif _is_required(spec):
             raise ValueError(f"{where}{name}: expected a value, got none; set it in the configuration")
     try:
         return cls(**out)
@@ -125,24 +132,36 @@ def configs_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted name, default as text, description) of every field, nested dataclasses unfolded."""
+def describe(cls: type, prefix: str = "", instance: Any = None) -> list[tuple[str, str, str]]:
+    """(dotted name, default as text, description) of every field, nested dataclasses unfolded.
+
+    `instance`: the defaults, where they are not those of the class.
+    """
     rows: list[tuple[str, str, str]] = []
     hints = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
         name, kind = prefix + spec.name, hints[spec.name]
-        doc = spec.metadata.get("doc", "")
+        default = _default(spec) if instance is None else getattr(instance, spec.name)
         if dataclasses.is_dataclass(kind):
-            rows += describe(typing.cast(type, kind), name + ".")
+            given = default if isinstance(default, typing.cast(type, kind)) else None
+            rows += describe(typing.cast(type, kind), name + ".", given)
             continue
-        if spec.default is not dataclasses.MISSING:
-            default = repr(to_dict(spec.default))
-        elif spec.default_factory is not dataclasses.MISSING:
-            default = repr(to_dict(spec.default_factory()))
-        else:
-            default = "required"
-        rows.append((name, default, doc))
+        is_required = instance is None and _is_required(spec)
+        rows.append(
+            (name, "required" if is_required else repr(to_dict(default)), spec.metadata.get("doc", ""))
+        )
     return rows
+
+
+def _is_required(spec: dataclasses.Field) -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _default(spec: dataclasses.Field) -> Any:
+    """A field's default; None where it has none."""
+    if spec.default_factory is not dataclasses.MISSING:
+        return spec.default_factory()
+    return None if spec.default is dataclasses.MISSING else spec.default
 
 
 def _literal(text: str) -> Any:
@@ -159,7 +178,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     return f"; known ones are {', '.join(known)}"
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -176,7 +195,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         if not isinstance(value, Mapping):
             raise ValueError(f"{where}: expected a section, got {value!r}")
-        return from_dict(typing.cast(type, hint), value, where + ".")
+        base = default if isinstance(default, typing.cast(type, hint)) else None
+        return from_dict(typing.cast(type, hint), value, where + ".", base)
     if origin in (tuple, list):
         return _convert_sequence(origin, args, value, where)
     if origin is dict:

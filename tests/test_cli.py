@@ -138,3 +138,16 @@ def test_sigterm_exits_with_75(stage, capsys, monkeypatch):
         cli.main(["sft", "--workdir=w"])
     assert stop.value.code == 75 and "run again to resume" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_own_defaults():
+    """The field's, not its class's: the problems that RL practises stay training ones."""
+    from nemojax.config import describe, from_dict
+    from nemojax.rl.grpo import Config
+
+    cfg = from_dict(Config, {"model": "m", "problems": {"count": 5}, "optim": {"lr": 0.5}})
+    assert (cfg.problems.count, cfg.problems.split) == (5, "train")
+    assert (cfg.optim.lr, cfg.optim.schedule) == (0.5, "constant")
+    shown = {name: default for name, default, _ in describe(Config)}
+    assert shown["problems.split"] == "'train'" and shown["model"] == "required"
+    assert shown["optim.schedule"] == "'constant'"

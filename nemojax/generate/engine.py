@@ -288,7 +288,9 @@ class Engine:
         size = self._chunk(len(reading[0].pending))
         most = max(1, min(self.cfg.prefill_tokens // size, self.cfg.slots))
         group = [s for s in reading if self._chunk(len(s.pending)) == size][:most]
-        rows = 1 if self.cfg.elastic and len(group) == 1 else most
+        rows = most
+        while self.cfg.elastic and rows >= 4 * len(group):
+            rows //= 4
         chunk = Chunk(
             np.zeros((rows, size), np.int32), *(np.zeros(rows, np.int32) for _ in Chunk._fields[1:])
         )
