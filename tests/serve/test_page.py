@@ -1,34 +1,21 @@
 """The chat page: that it stands alone, and what a browser makes of streams, refusals and silence.
 
-Most tests write the server's answers themselves (`Stub`); the last ones talk to `nemojax serve`.
+Most tests write the server's answers themselves (`Stub`); test_page_served.py has the
+real one.
 """
 
 import base64
-import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.serve.browser import answered, ask, chromium, last, opening_pages
 from tests.serve.stub import MODEL, PAGE, WAIT, Exchange, Stub, say
-
-CHROMIUM = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
-QUESTION = "one and two"
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture
@@ -40,58 +27,19 @@ def stub() -> Iterator[Stub]:
 
 @pytest.fixture(scope="module")
 def browser():
-    if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        with driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS) as browser:
-            yield browser
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture
 def new_page(browser):
-    """Opens pages, and sees to it that no script failed and the page's policy was not in its way."""
-    complaints, contexts = [], []
-
-    def open_page(url: str, **options: Any):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(WAIT * 1000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        # a refused request is told on the console as well: that is not the page's doing
-        page.on("console", lambda m: complaints.append(m.text) if is_complaint(m) else None)
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not complaints
-
-
-def is_complaint(message: Any) -> bool:
-    return message.type in ("error", "warning") and "Failed to load resource" not in message.text
+    with opening_pages(browser) as open_page:
+        yield open_page
 
 
 @pytest.fixture
 def page(new_page, stub):
     return new_page(stub.url)
-
-
-def ask(page: Any, text: str) -> None:
-    page.get_by_label("Message").fill(text)
-    page.keyboard.press("Enter")
-
-
-def last(page: Any) -> Any:
-    return page.locator("article.assistant").last
-
-
-def answered(page: Any) -> Any:
-    """The last answer, when it is complete."""
-    page.locator("article.assistant[aria-busy=false]").last.wait_for()
-    page.get_by_role("button", name="Send").wait_for()
-    return last(page)
 
 
 class Checker(HTMLParser):
@@ -385,108 +333,3 @@ def test_a_narrow_screen(new_page, stub, scheme):
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 384) == (scheme == "light")
     scrolled = page.locator("main").evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight")
     assert abs(scrolled) < 2  # what is new is in sight
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
-    """A tiny model that, asked greedily, goes on for as long as its context lasts."""
-    import jax
-
-    from nemojax.arch import uniform
-    from nemojax.checkpoints.artifact import save_params
-    from nemojax.data.chat import encode_prompt
-    from nemojax.data.tokenizer import train_tokenizer
-    from nemojax.generate.completions import generate
-    from nemojax.generate.sampling import SamplingConfig
-    from nemojax.model.llama import init_params
-
-    folder = tmp_path_factory.mktemp("served")
-    tokenizer = train_tokenizer(["one and two make three " * 20], 280, folder / "tokenizer")
-    arch = uniform(
-        vocab_size=tokenizer.vocab_size,
-        dim=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        ffn_width=64,
-        context=4096,
-    )
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": QUESTION}], thinking=False)
-    for seed in range(20):
-        params = init_params(arch, jax.random.key(seed))
-        greedy = SamplingConfig(temperature=0, max_new_tokens=400)
-        (done,) = generate(params, arch, [prompt], jax.random.key(0), greedy, tokenizer.eos_ids)
-        if not done.finished and tokenizer.decode(done.tokens).strip("\N{REPLACEMENT CHARACTER}"):
-            return save_params(folder / "tiny", arch, params, tokenizer_dir=folder / "tokenizer")
-    raise AssertionError("every one of these models ends its answer by itself")
-
-
-@pytest.mark.slow
-def test_against_the_real_server(new_page, artifact, tmp_path):
-    """Key, answer, reasoning off and on, and a stop that frees the slot."""
-    (tmp_path / "keys").write_text("s3cret\n")
-    with serving(artifact, tmp_path, f"--api_key_file={tmp_path / 'keys'}") as url:
-        page = new_page(f"{url}/")
-        page.get_by_text("An API key is needed").wait_for()
-        page.get_by_label("API key").fill("s3cret")
-        page.get_by_label("API key").press("Tab")
-        page.locator("#model", has_text="tiny").wait_for()
-        page.get_by_label("Temperature").fill("0")
-        page.get_by_label("Max tokens").fill("20")
-        page.get_by_role("switch", name="Reasoning").uncheck()
-        ask(page, QUESTION)
-        done = answered(page)
-        assert not done.locator(".error").is_visible(), done.inner_text()
-        told = done.locator(".foot").inner_text()
-        assert told.startswith("20 tokens") and "cut at the limit of tokens" in told
-        first = done.locator(".answer").inner_text()
-        page.get_by_role("button", name="Regenerate").click()
-        assert answered(page).locator(".answer").inner_text() == first != ""  # greedy
-        page.get_by_label("Max tokens").fill("4000")
-        page.get_by_role("button", name="New conversation").click()
-        ask(page, QUESTION)
-        page.locator(".answer > *").first.wait_for()
-        page.get_by_role("button", name="Stop").click()
-        assert "stopped" in answered(page).locator(".foot").inner_text()
-        until = time.monotonic() + WAIT
-        while gauges(url)["sequences_running"] and time.monotonic() < until:
-            time.sleep(0.05)
-        left = gauges(url)
-        assert left["sequences_running"] == 0 and left["generated_tokens_total"] < 2000, left
-        page.get_by_label("Max tokens").fill("5000000")  # what the server thinks of that
-        ask(page, "more")
-        assert "The server answered 400" in answered(page).locator(".error").inner_text()
-
-
-@contextlib.contextmanager
-def serving(artifact: Path, folder: Path, *flags: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "nemojax.cli", "serve", str(artifact), f"--port={port}", *flags]
-    log = folder / "serve.log"
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device is enough
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        until = time.monotonic() + 120
-        while not is_up(port):
-            assert process.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0, log.read_text()
-
-
-def is_up(port: int) -> bool:
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-        return True
-    return False
-
-
-def gauges(url: str) -> dict[str, float]:
-    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": "Bearer s3cret"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        text = response.read().decode()
-    return {name: float(value) for name, value in re.findall(r"^nemojax_(\w+) (\S+)$", text, re.M)}
