@@ -211,8 +211,9 @@ def _posted(
     content = {"requestBody": {"required": True, "content": {"application/json": {"schema": name}}}}
     ok: dict[int | str, dict[str, Any]] = {}
     if chunk is not None:
-        about = f"with stream: lines `data: ` and a {chunk.__name__}, at last `data: [DONE]`"
-        ok = {200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": about}}}}}
+        about = f"with stream: each a {chunk.__name__} as JSON, the last one [DONE]"
+        event = {"type": "object", "properties": {"data": {"type": "string", "description": about}}}
+        ok = {200: {"content": {"text/event-stream": {"schema": event}}}}
     return {
         "response_model": whole,
         "openapi_extra": content,
