@@ -15,7 +15,7 @@ import jax
 from nemojax.arch import ArchSpec, load_arch
 from nemojax.checkpoints.artifact import final_step, load_model
 from nemojax.data.chat import check_length, encode_prompt, opens_thinking, plain_messages
-from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from nemojax.data.tokenizer import THINK, THINKING, Tokenizer, check_vocab, load_tokenizer
 from nemojax.data.tools import tools_that_must_be_called
 from nemojax.generate import programs
 from nemojax.generate.completions import BATCH
@@ -125,8 +125,8 @@ def _make_constraint(
 
     if _opens_thinking(model, prompt):
         reasoning = "opened"
-    else:  # a chat that is not told to be brief may think before
-        reasoning = "none" if request.messages is None or request.thinking is False else "optional"
+    else:
+        reasoning = "optional" if _may_think(request) else "none"
     if schema is None:
         grammar = tool_grammar(request.tools, request.tool_choice, reasoning)
         assert grammar is not None
@@ -135,6 +135,14 @@ def _make_constraint(
     else:
         grammar = json_grammar(schema, reasoning)
     return _compile(model.tokenizer, grammar, model.arch.vocab_size)
+
+
+def _may_think(request: Request) -> bool:
+    """A chat may think before it answers, unless the toggle in its system text is off."""
+    if not request.messages or request.thinking is not None:
+        return bool(request.thinking)
+    first = request.messages[0]
+    return first["role"] != "system" or not str(first["content"]).startswith(THINKING[False])
 
 
 @functools.lru_cache(maxsize=64)
@@ -178,7 +186,10 @@ class AnswerStream:
         self.finish: FinishReason | None = None
         self._tokenizer, self._job = model.tokenizer, job
         self._text = TextStream(model.tokenizer, request.stop)
-        self._reasoning = ReasoningStream(_opens_thinking(model, job.prompt))
+        opened = _opens_thinking(model, job.prompt)
+        self._reasoning = ReasoningStream(opened)
+        # what a chat's template opened is part of the answer; a raw text goes on where it ended
+        self._opening = THINK if opened and request.messages is not None else ""
         self._tools = ToolStream() if request.tools and request.tool_choice != "none" else None
         self._written: list[str] = []
         self._pieces: list[Piece] = []
@@ -244,7 +255,7 @@ class AnswerStream:
             return "".join(piece.text for piece in self._pieces if piece.kind == kind)
 
         return Answer(
-            text="".join(self._written),
+            text=self._opening + "".join(self._written),
             reasoning=joined("reasoning") if self._reasoning.found else None,
             content=joined("content"),
             finish_reason=self.finish,

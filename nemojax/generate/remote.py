@@ -222,7 +222,8 @@ class RemoteGenerator:
             body = await self._body(request, name, left, len(answers))
             size = _prompt_size(request) + left * request.sampling.max_new_tokens
             data = await self._ask("POST", url, name, body, size)
-            answers += parse_answers(data, path_of(request) == CHAT, f"{url}: {name}")[:left]
+            top = request.top_logprobs
+            answers += parse_answers(data, path_of(request) == CHAT, f"{url}: {name}", top)[:left]
         return answers
 
     async def _body(self, request: Request, name: str, n: int, taken: int = 0) -> Json:

@@ -7,11 +7,13 @@ what asks for nothing more; such a default is then the server's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from nemojax.data.chat import answer_with_thinking, plain_messages, split_thinking, with_toggle
 from nemojax.data.tokenizer import THINK
+from nemojax.data.tools import END_TOOLCALL, TOOLCALL
 from nemojax.generate.local import Piece
 from nemojax.generate.protocol import Answer, FinishReason, Request, ToolCall
 from nemojax.generate.text import ReasoningStream
@@ -77,9 +79,10 @@ def _check_without_chat(request: Request) -> None:
             raise ValueError(f"{name}: expected messages with it, got a prompt; it is a chat's")
 
 
-def parse_answers(body: Any, chat: bool, where: str) -> list[Answer]:
-    """The answers of a response, in the order of their indices. ValueError, `where` in front, for another
-    shape. Where a server counts tokens over all samples only, each has its share by length of text."""
+def parse_answers(body: Any, chat: bool, where: str, top: int = 0) -> list[Answer]:
+    """The answers of a response, in the order of their indices, with at most `top` of the likeliest tokens
+    (completions add the chosen one). Where a server counts tokens over all samples only, each has its share
+    by length of text. ValueError, `where` in front, for another shape."""
     choices = _get(body, "choices", list, where)
     if not choices:
         raise ValueError(f"{where}: expected at least one choice, got none")
@@ -89,6 +92,9 @@ def parse_answers(body: Any, chat: bool, where: str) -> list[Answer]:
     prompt_ids = body.get("prompt_token_ids")
     prompt_tokens = _count(usage.get("prompt_tokens"), prompt_ids)
     parts = [_parse_choice(choice, chat, where) for choice in choices]
+    for part in parts:
+        steps = tuple(step[:top] for step in part.get("top", ()))
+        part["top"] = steps if any(steps) else ()
     counts = _counts(parts, usage.get("completion_tokens"))
     return [
         Answer(num_tokens=count, prompt_tokens=prompt_tokens, **part)
@@ -117,12 +123,10 @@ def _parse_choice(choice: Any, chat: bool, where: str) -> Json:
             content = ""
         if not isinstance(content, str):
             raise ValueError(f"{where}: expected a message's content to be text, got {content!r:.80}")
-        part |= message_text(reasoning_of(message), content, finish)
+        part |= message_text(reasoning_of(message), content, part["tool_calls"], finish)
         part["finish_reason"] = "tool_calls" if part["tool_calls"] and finish == "stop" else finish
     else:
-        text = _get(choice, "text", str, where)
-        reasoning, content = split_thinking(text)
-        part |= {"text": text, "reasoning": reasoning, "content": content}
+        part |= _completion_text(_get(choice, "text", str, where))
     ids = choice.get("token_ids")
     part["tokens"] = tuple(ids) if _are(ids, int) else None
     told = choice.get("logprobs")
@@ -166,8 +170,9 @@ class ChunkReader:
                 content += _get(choice, "text", str, self._where)
         self._reasoning.append(reasoning)
         self._content.append(content)
-        tagged, content = self._tags.feed(content)
-        return self._pieces(reasoning + tagged, content)
+        if not any(self._reasoning):  # else it has come apart already
+            reasoning, content = self._tags.feed(content)
+        return self._pieces(reasoning, content)
 
     def finish(self) -> list[Piece | Answer]:
         """What was held back, and the answer."""
@@ -178,10 +183,15 @@ class ChunkReader:
         pieces += [Piece("tool_call", call.arguments, call) for call in calls]
         reasoning = "".join(self._reasoning) or None
         usage = self.usage.get("usage", {})
+        content = "".join(self._content)
+        if self._chat:
+            texts = message_text(reasoning, content, calls, self._finish)
+        else:
+            texts = _completion_text(content)
         return [
             *pieces,
             Answer(
-                **message_text(reasoning, "".join(self._content), self._finish),
+                **texts,
                 finish_reason="tool_calls" if calls and self._finish == "stop" else self._finish,
                 num_tokens=_count(usage.get("completion_tokens"), None),
                 prompt_tokens=_count(usage.get("prompt_tokens"), None),
@@ -222,14 +232,28 @@ def reasoning_of(message: Mapping[str, Any]) -> str | None:
     return None
 
 
-def message_text(reasoning: str | None, content: str, finish: FinishReason) -> Json:
-    """`text`, `reasoning` and `content` of an answer whose reasoning came apart, or else stands in tags."""
+def message_text(
+    reasoning: str | None, content: str, calls: Sequence[ToolCall], finish: FinishReason
+) -> Json:
+    """`text`, `reasoning` and `content` of an answer whose reasoning came apart, or else stands in tags.
+
+    Calls, which come apart too, stand at the end of the text as our template has them.
+    """
+    written = [f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}' for call in calls]
+    said = content + (f"{TOOLCALL}[{', '.join(written)}]{END_TOOLCALL}" if calls else "")
     if reasoning is None:
-        reasoning, answer = split_thinking(content)
-        return {"text": content, "reasoning": reasoning, "content": answer}
-    cut = finish == "length" and not content
-    text = THINK + reasoning if cut else answer_with_thinking(reasoning, content)
+        reasoning, content = split_thinking(content)
+        return {"text": said, "reasoning": reasoning, "content": content}
+    cut = finish == "length" and not said
+    text = THINK + reasoning if cut else answer_with_thinking(reasoning, said)
     return {"text": text, "reasoning": reasoning.strip(), "content": content.strip()}
+
+
+def _completion_text(text: str) -> Json:
+    """A text that goes on from a prompt, its reasoning told apart as an engine here would."""
+    tags = ReasoningStream()
+    reasoning, content = (a + b for a, b in zip(tags.feed(text), tags.flush(), strict=True))
+    return {"text": text, "reasoning": reasoning if tags.found else None, "content": content}
 
 
 def _tool_calls(given: Any, where: str) -> tuple[ToolCall, ...]:
@@ -257,7 +281,7 @@ def _logprobs(told: Mapping[str, Any], where: str) -> Json:
     else:
         return {}
     ranked = [tuple(sorted(((t, float(p)) for t, p in top), key=lambda pair: -pair[1])) for top in tops]
-    return {"logprobs": tuple(map(float, values)), "top": tuple(ranked) if any(ranked) else ()}
+    return {"logprobs": tuple(map(float, values)), "top": tuple(ranked)}
 
 
 def _counts(parts: Sequence[Json], total: Any) -> list[int]:

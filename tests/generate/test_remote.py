@@ -90,7 +90,7 @@ def test_stream_yields_as_they_complete(server):
 
 def test_closing_the_stream_cancels_what_is_under_way(server):
     slow = {"b", "c"}
-    server.script = [lambda body: "slow" if body["messages"][0]["content"] in slow else None] * 3
+    server.script = [lambda body: "slow" if body["messages"][0]["content"] in slow else None] * 300
     with RemoteGenerator(config(server, max_concurrency=3)) as generator:
         stream = generator.stream([chat(name) for name in ("a", "b", "c", *"defg" * 50)])
         next(stream)
@@ -98,6 +98,7 @@ def test_closing_the_stream_cancels_what_is_under_way(server):
         stream.close()
         wait_until(lambda: server.cut_off == 2)
         wait_until(lambda: server.now == 0)
+        server.script = []
         assert len(server.bodies) < 203
         assert texts(generator.answer([chat("again")])) == [["again 0"]]
 
@@ -376,6 +377,9 @@ def test_token_ids_and_logprobs(server):
     [[answer]] = ask(server, chat("q", top_logprobs=2))
     assert (answer.tokens, answer.logprobs, answer.num_tokens) == ((7, 9), (-1.0, -0.5), 2)
     assert answer.top == ((("a", -1.0), ("b", -2.0)), ())
+    server.script = [message("ac", logprobs={"content": entries}, token_ids=[7, 9])]
+    [[answer]] = ask(server, chat("q", top_logprobs=1))
+    assert answer.top == ((("a", -1.0),), ())
     columns = {"tokens": ["a"], "token_logprobs": [-1.5], "top_logprobs": [{"b": -2.5, "a": -1.5}]}
     server.script = [
         {
