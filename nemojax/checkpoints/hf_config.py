@@ -178,6 +178,8 @@ def _head(arch: ArchSpec, kind: Format, original: Mapping[str, Any] | None) -> d
             "auto_map": {
                 "AutoConfig": "configuration_decilm.DeciLMConfig",
                 "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
+                # `transformers serve` asks for this class first, and finds no other of a model's own code
+                "AutoModelForDecision": "modeling_decilm.DeciLMForCausalLM",
             },
             "model_type": "nemotron-nas",
             "block_configs": decilm.configs_from_blocks(arch, old),

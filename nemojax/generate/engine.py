@@ -32,6 +32,7 @@ from nemojax.model.cache import init_cache
 from nemojax.model.llama import Compute, Params
 from nemojax.sharding import use_mesh
 
+_GROWTH = 4  # from one size to the next, of programs that serve few rows, keys or tokens
 _SMALL = 16  # the shortest chunk and the fewest stop ids that programs are compiled for
 
 
@@ -104,7 +105,7 @@ class Engine:
             self._params, split = programs.prepare(params, compute, mesh)
             self._state = State(init_cache(arch, cfg.slots, self.capacity, jnp.dtype(dtype), split), None)
             self._draft = make_draft(draft, arch, cfg.speculation, cfg.slots, self.capacity, compute, mesh)
-        self._table = SlotTable(cfg.slots, self._rows)
+        self._table = SlotTable(cfg.slots)
         self._waiting: deque[Sequence] = deque()
         self._events: list[Event] = []
         self._next = 0
@@ -183,7 +184,7 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and not self._table.full:
             sequence = self._waiting.popleft()
-            leader = next((s for s in self._table.owners.values() if _reads_for(s, sequence)), None)
+            leader = next((s for s in self._table.owners.values() if s.reads_for(sequence)), None)
             if leader is None:
                 self._settle(sequence)
             else:
@@ -225,22 +226,33 @@ class Engine:
 
     # Shapes: what is rounded up to what.
 
-    def _rows(self, rows: int) -> int:
-        small = max(4, self.cfg.slots // 8)
-        return small if self.cfg.elastic and rows <= small < self.cfg.slots else self.cfg.slots
+    def _rows(self, running: ListOf[Sequence]) -> tuple[list[Sequence | None], np.ndarray | None]:
+        """(who stands in each row, the slot of each row or None where they are the slots themselves)."""
+        size = 1
+        while size < len(running):
+            size *= _GROWTH
+        if not self.cfg.elastic or size >= self.cfg.slots:
+            rows: list[Sequence | None] = [None] * self.cfg.slots
+            for sequence in running:
+                rows[sequence.slot] = sequence
+            return rows, None
+        idle = size - len(running)
+        slots = np.asarray([*(s.slot for s in running), *[0] * idle], np.int32)
+        return [*running, *[None] * idle], slots
 
     def _keys(self, length: int) -> int:
-        keys = self.cfg.min_keys
-        while keys < length:
-            keys *= 2
+        keys = self._round_up(length, self.cfg.min_keys)
         # a part of the cache is cut out first: that pays when it is at most half of the whole
         return keys if 2 * keys <= self.capacity else self.capacity
 
     def _chunk(self, length: int) -> int:
-        size = _SMALL
-        while size < min(length, self.cfg.prefill_chunk):
-            size *= 2
-        return min(size, self.cfg.prefill_chunk)
+        return min(self._round_up(min(length, self.cfg.prefill_chunk), _SMALL), self.cfg.prefill_chunk)
+
+    def _round_up(self, length: int, size: int) -> int:
+        """In large steps where programs are compiled while somebody waits for them."""
+        while size < length:
+            size *= _GROWTH if self.cfg.elastic else 2
+        return size
 
     def _how(self, sequences: ListOf[Sequence]) -> How:
         return How(
@@ -288,9 +300,7 @@ class Engine:
         size = self._chunk(len(reading[0].pending))
         most = max(1, min(self.cfg.prefill_tokens // size, self.cfg.slots))
         group = [s for s in reading if self._chunk(len(s.pending)) == size][:most]
-        rows = most
-        while self.cfg.elastic and rows >= 4 * len(group):
-            rows //= 4
+        rows = 1 if self.cfg.elastic and len(group) == 1 else most
         chunk = Chunk(
             np.zeros((rows, size), np.int32), *(np.zeros(rows, np.int32) for _ in Chunk._fields[1:])
         )
@@ -301,7 +311,7 @@ class Engine:
         ends = [(r, s) for r, s in enumerate(group) if len(s.pending) <= size]
         asked = [(r, s) for r, end in ends for s in (end, *end.twins)]
         keys = self._keys(int((chunk.start_R + chunk.length_R).max()))
-        first = self._first(asked, rows) if asked else None
+        first = self._first(asked, rows) if asked or self.cfg.elastic else None
         how = self._how([s for _, s in asked])
         self._state, emitted = programs.extend(self._params, self._state, chunk, first, how=how, keys=keys)
         if self._draft:
@@ -311,12 +321,12 @@ class Engine:
             sequence.position += int(chunk.length_R[r])
             self.stats.prompt_tokens += int(chunk.length_R[r])
             del sequence.pending[:size]
-        if emitted is not None:
+        if emitted is not None and asked:
             self._release_twins([end for _, end in ends])
             self._accept([s for _, s in asked], emitted, after_reading=True)
 
     def _first(self, asked: ListOf[tuple[int, Sequence]], rows: int) -> First:
-        room = rows if len(asked) <= rows else self.cfg.slots
+        room = rows if len(asked) <= rows and not self.cfg.elastic else self.cfg.slots
         idle = room - len(asked)
         sequences: list[Sequence | None] = [*(s for _, s in asked), *[None] * idle]
         seen_MV = None
@@ -353,13 +363,11 @@ class Engine:
 
     def _advance(self, running: ListOf[Sequence], reading: bool) -> None:
         """A few tokens for every sequence that has its prompt in the cache."""
-        rows: list[Sequence | None] = [None] * self._rows(max(s.slot for s in running) + 1)
-        for sequence in running:
-            rows[sequence.slot] = sequence
+        rows, slot_B = self._rows(running)
         self._remember()
         self.stats.steps += 1
         constrained = any(s.constraint for s in running)
-        if self.cfg.speculation.kind != "none" and not constrained and self._verify(running, rows):
+        if self.cfg.speculation.kind != "none" and not constrained and self._verify(running, rows, slot_B):
             return
         steps = 1 if reading or constrained else self.cfg.decode_steps
         if self.cfg.speculation.kind != "none":
@@ -376,34 +384,35 @@ class Engine:
             self._pack(rows),
             np.int32(steps),
             np.int32(leave),
+            slot_B,
             self._allowed(rows),
             how=self._how(running),
             keys=self._keys(longest),
         )
         self._accept(rows, emitted)
 
-    def _verify(self, running: ListOf[Sequence], rows: ListOf[Sequence | None]) -> bool:
+    def _verify(
+        self, running: ListOf[Sequence], rows: ListOf[Sequence | None], slot_B: np.ndarray | None
+    ) -> bool:
         """A step over proposals; False where there are none."""
         most = self.cfg.speculation.tokens
-        room = {s.slot: min(most, s.left - 1, s.thinking.room - 1 if s.thinking else most) for s in running}
-        proposed_BT = np.zeros((len(rows), most), np.int32)
-        num_B = np.zeros(len(rows), np.int32)
         keys = self._keys(max(s.position for s in running) + most + 2)
         packed = self._pack(rows)
+        proposed_BT, num_B = np.zeros((len(rows), most), np.int32), np.zeros(len(rows), np.int32)
         if self._draft:
-            proposed_BT = self._draft.propose(packed, keys, most)
-            for slot, places in room.items():
-                num_B[slot] = places
-        else:
-            for sequence in running:
-                assert sequence.ngrams is not None
-                found = sequence.ngrams.propose(room[sequence.slot])
-                proposed_BT[sequence.slot, : len(found)] = found
-                num_B[sequence.slot] = len(found)
+            proposed_BT = self._draft.propose(packed, slot_B, keys, most)
+        for b, sequence in enumerate(rows):
+            if sequence is None:
+                continue
+            num_B[b] = min(most, sequence.left - 1, sequence.thinking.room - 1 if sequence.thinking else most)
+            if sequence.ngrams:
+                found = sequence.ngrams.propose(int(num_B[b]))
+                num_B[b] = len(found)
+                proposed_BT[b, : len(found)] = found
         if not num_B.any():
             return False
         self._state, emitted = programs.verify(
-            self._params, self._state, packed, proposed_BT, num_B, how=self._how(running), keys=keys
+            self._params, self._state, packed, proposed_BT, num_B, slot_B, how=self._how(running), keys=keys
         )
         counts = self._accept(rows, emitted)
         self.stats.proposed_tokens += int(num_B.sum())
@@ -437,8 +446,3 @@ class Engine:
             elif closing := sequence.close_thinking():
                 self._events.append(closing)
         return count_B
-
-
-def _reads_for(sequence: Sequence, other: Sequence) -> bool:
-    """Whether a sequence is reading the very prompt that another one waits for."""
-    return sequence.is_reading and not sequence.tokens and sequence.job.prompt == other.job.prompt

@@ -194,14 +194,16 @@ def decode(
     rows: Packed,
     steps: Any,
     leave: Any,
+    slot_B: Any = None,
     allowed_BV: Any = None,
     *,
     how: How,
     keys: int,
 ) -> tuple[State, Emitted]:
-    """Up to `steps` tokens for each row, until no more than `leave` rows still run. Row b is slot b.
+    """Up to `steps` tokens for each row, until no more than `leave` rows still run.
 
-    `allowed_BV` holds for one step.
+    `slot_B`: the slot of each row; None where row b is slot b, which spares gathering them. `allowed_BV`
+    holds for one step.
     """
     ints_BI = rows.ints_BI
     num_rows = ints_BI.shape[0]
@@ -224,15 +226,13 @@ def decode(
         place_B1 = jnp.where(runs_B, position_B, FAR)[:, None]
         ctx = make_context(how.arch, place_B1)
         h_B1D = embed(params, last_B[:, None], how.compute)
-        window = kv.Window(state.cache, keys)
+        window = kv.Window(state.cache, keys, slot_B)
         h_B1D, cache = _through(params, h_B1D, ctx, window, how)
         logits_BV = head(params, how.arch, h_B1D)[:, 0]
-        seen_BV = None if state.seen_BV is None else state.seen_BV[:num_rows]
+        seen_BV = _seen(state, slot_B, num_rows)
         drawn = _draw(logits_BV, rows, position_B + 1, seen_BV, allowed_BV, how)
-        if state.seen_BV is not None:
-            seen_BV = state.seen_BV.at[jnp.arange(num_rows), jnp.where(runs_B, drawn.tokens_B, FAR)].set(
-                True, mode="drop"
-            )
+        new_B1 = jnp.where(runs_B, drawn.tokens_B, FAR)[:, None]
+        seen_BV = _remember(state, slot_B, new_B1)
         count_B = out.count_B + runs_B
         out = Emitted(count_B, *(x.at[i].set(new) for x, new in zip(out[1:], drawn, strict=True)))
         more_B = runs_B & ~_stops(rows, drawn.tokens_B) & (count_B < ints_BI[:, _PLACE])
@@ -247,7 +247,15 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames=("how", "keys"), donate_argnames="state")
 def verify(
-    params: Params, state: State, rows: Packed, proposed_BT: Any, num_B: Any, *, how: How, keys: int
+    params: Params,
+    state: State,
+    rows: Packed,
+    proposed_BT: Any,
+    num_B: Any,
+    slot_B: Any = None,
+    *,
+    how: How,
+    keys: int,
 ) -> tuple[State, Emitted]:
     """One forward pass over each row's last token and its `num_B` proposals: the tokens that `decode` would
     have drawn one by one, as far as the proposals agree with them, and one more.
@@ -265,11 +273,12 @@ def verify(
     places_BT = ints_BI[:, 1:2] + offset_T
     ctx = make_context(how.arch, jnp.where(inside_BT, places_BT, FAR))
     h_BTD = embed(params, tokens_BT, how.compute)
-    window = kv.Window(state.cache, keys)
+    window = kv.Window(state.cache, keys, slot_B)
     h_BTD, cache = _through(params, h_BTD, ctx, window, how)
     logits_BTV = head(params, how.arch, h_BTD)
     repeated = Packed(*(jnp.repeat(x, length, axis=0) for x in rows))
-    seen_BTV = None if state.seen_BV is None else _seen_along(state.seen_BV[:num_rows], proposed_BT)
+    seen_BV = _seen(state, slot_B, num_rows)
+    seen_BTV = None if seen_BV is None else _seen_along(seen_BV, proposed_BT)
     flat_seen = None if seen_BTV is None else seen_BTV.reshape(num_rows * length, -1)
     flat_logits = logits_BTV.reshape(num_rows * length, -1)
     drawn = _draw(flat_logits, repeated, (places_BT + 1).ravel(), flat_seen, None, how)
@@ -277,16 +286,13 @@ def verify(
     agrees_BT = (by_step[0].T[:, :-1] == proposed_BT) & inside_BT[:, 1:]
     accepted_B = jnp.cumprod(agrees_BT, axis=1).sum(1)
     count_B = jnp.where(inside_BT[:, 0], accepted_B + 1, 0)
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        kept_BT = jnp.where(offset_T < count_B[:, None], by_step[0].T, FAR)
-        seen_BV = seen_BV.at[jnp.arange(num_rows)[:, None], kept_BT].set(True, mode="drop")
-    return State(cache, seen_BV), Emitted(count_B, *by_step)
+    kept_BT = jnp.where(offset_T < count_B[:, None], by_step[0].T, FAR)
+    return State(cache, _remember(state, slot_B, kept_BT)), Emitted(count_B, *by_step)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "keys", "steps"), donate_argnames="state")
 def propose(
-    params: Params, state: State, rows: Packed, *, how: How, keys: int, steps: int
+    params: Params, state: State, rows: Packed, slot_B: Any = None, *, how: How, keys: int, steps: int
 ) -> tuple[State, jax.Array]:
     """The `steps` tokens [B, T] that a draft model finds likeliest, one after another.
 
@@ -299,7 +305,7 @@ def propose(
         cache, last_B = carry
         ctx = make_context(how.arch, (place_B + i)[:, None])
         h_B1D = embed(params, last_B[:, None], how.compute)
-        window = kv.Window(cache, keys)
+        window = kv.Window(cache, keys, slot_B)
         h_B1D, cache = _through(params, h_B1D, ctx, window, how)
         likeliest_B = jnp.argmax(head(params, how.arch, h_B1D)[:, 0], axis=-1).astype(jnp.int32)
         return (cache, likeliest_B), likeliest_B
@@ -312,6 +318,21 @@ def propose(
 def fork(state: State, from_M: Any, to_M: Any, *, keys: int) -> State:
     """The first `keys` positions of some slots copied into others."""
     return State(kv.fork(state.cache, from_M, to_M, keys), state.seen_BV)
+
+
+def _seen(state: State, slot_B: Any, num_rows: int) -> jax.Array | None:
+    """What has occurred in the slots of some rows, [B, V]."""
+    if state.seen_BV is None:
+        return None
+    return state.seen_BV[:num_rows] if slot_B is None else state.seen_BV[slot_B]
+
+
+def _remember(state: State, slot_B: Any, tokens_BT: jax.Array) -> jax.Array | None:
+    """What has occurred in all slots, with new tokens of some (`FAR`: none)."""
+    if state.seen_BV is None:
+        return None
+    slot_B = jnp.arange(tokens_BT.shape[0]) if slot_B is None else slot_B
+    return state.seen_BV.at[slot_B[:, None], tokens_BT].set(True, mode="drop")
 
 
 def _with(seen_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:

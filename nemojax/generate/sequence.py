@@ -57,6 +57,10 @@ class Sequence:
     def is_running(self) -> bool:
         return not self.pending and self.leader is None
 
+    def reads_for(self, other: Sequence) -> bool:
+        """Whether it is reading the very prompt that another one waits for."""
+        return self.is_reading and not self.tokens and self.job.prompt == other.job.prompt
+
     def held(self) -> np.ndarray:
         """The tokens whose keys and values lie in its slot."""
         if self.leader is not None:

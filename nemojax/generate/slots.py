@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,10 @@ class _Left(NamedTuple):
 
 
 class SlotTable:
-    """`owners`: {slot: sequence}. `size_of(n)`: rows of the program that serves the first n slots."""
+    """`owners`: {slot: sequence}."""
 
-    def __init__(self, slots: int, size_of: Callable[[int], int]):
-        self.slots, self._size_of = slots, size_of
+    def __init__(self, slots: int):
+        self.slots = slots
         self.owners: dict[int, Sequence] = {}
         self._left = [_Left(np.zeros(0, np.int32), 0)] * slots
 
@@ -38,11 +37,9 @@ class SlotTable:
         del self.owners[sequence.slot]
 
     def unused(self) -> int:
-        """A free slot, in the smallest program that serves the busy ones too; of these the one that was
-        left longest ago."""
-        busy = max(self.owners, default=0)
+        """The free slot that was left longest ago."""
         free = (slot for slot in range(self.slots) if slot not in self.owners)
-        return min(free, key=lambda slot: (self._size_of(max(busy, slot) + 1), self._left[slot].used))
+        return min(free, key=lambda slot: self._left[slot].used)
 
     def choose(self, prompt: tuple[int, ...], least: int) -> tuple[int, int, int]:
         """(slot to take, slot that begins most like the prompt, tokens that they share).

@@ -87,10 +87,10 @@ class Draft:
     def fork(self, from_M: Any, to_M: Any, keys: int) -> None:
         self._state = programs.fork(self._state, from_M, to_M, keys=keys)
 
-    def propose(self, rows: Packed, keys: int, tokens: int) -> np.ndarray:
+    def propose(self, rows: Packed, slot_B: np.ndarray | None, keys: int, tokens: int) -> np.ndarray:
         """The likeliest `tokens` tokens of each row, [B, T]."""
         self._state, proposed_BT = programs.propose(
-            self._params, self._state, rows, how=self._how, keys=keys, steps=tokens
+            self._params, self._state, rows, slot_B, how=self._how, keys=keys, steps=tokens
         )
         return np.asarray(proposed_BT)
 
