@@ -170,14 +170,9 @@ def _profile_field(cls: type, prog: str) -> str:
 
 def stage_help(name: str, summary: str, cls: type) -> str:
     """The fields of a stage's configuration, one a line: name, default, meaning and unit."""
-    from nemojax.config import describe
+    from nemojax.config import field_lines
 
-    rows = describe(cls)
-    left = max((len(row[0]) for row in rows), default=0)
-    middle = min(24, max((len(row[1]) for row in rows), default=0))
-    lines = [f"usage: {STAGE_USAGE.format(name)}", "", f"{summary}.", "", "fields (--config.NAME=VALUE):"]
-    lines += [f"  {field:<{left}}  {default:<{middle}}  {doc}".rstrip() for field, default, doc in rows]
-    return "\n".join(lines)
+    return "\n".join([f"usage: {STAGE_USAGE.format(name)}", "", f"{summary}.", "", *field_lines(cls)])
 
 
 if __name__ == "__main__":

@@ -153,6 +153,15 @@ def describe(cls: type, prefix: str = "", instance: Any = None) -> list[tuple[st
     return rows
 
 
+def field_lines(cls: type) -> list[str]:
+    """The fields of a configuration for people, one a line: name, default, meaning and unit."""
+    rows = describe(cls)
+    left = max((len(name) for name, _, _ in rows), default=0)
+    middle = min(24, max((len(default) for _, default, _ in rows), default=0))
+    lines = [f"  {name:<{left}}  {default:<{middle}}  {doc}".rstrip() for name, default, doc in rows]
+    return ["fields (--config.NAME=VALUE):", *lines]
+
+
 def _is_required(spec: dataclasses.Field) -> bool:
     return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
 

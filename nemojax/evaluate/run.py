@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,12 +21,15 @@ from nemojax.evaluate.perplexity import heldout_loss
 from nemojax.evaluate.tasks import (
     Record,
     TasksConfig,
+    ask,
     ask_all,
     paired_bootstrap,
     per_prompt,
     save_records,
     summarise,
 )
+from nemojax.generate.remote import RemoteConfig, RemoteGenerator
+from nemojax.generate.sources import is_address
 from nemojax.model.llama import Compute
 from nemojax.sharding import MeshConfig, make_mesh, use_mesh
 from nemojax.stage import run_stage
@@ -33,7 +37,9 @@ from nemojax.stage import run_stage
 
 @dataclass(frozen=True)
 class Config:
-    models: dict[str, str] = field({}, "artifacts by the name they have in the report")
+    models: dict[str, str] = field(
+        {}, "artifacts, or servers' addresses (up to and with /v1), by the name they have in the report"
+    )
     data: TextData = field(TextData(), "texts whose held-out part gives the loss")
     tasks: TasksConfig = field(TasksConfig(), "problems")
     asked: tuple[str, ...] = field(
@@ -43,6 +49,7 @@ class Config:
     conversations: int = field(4, "sample conversations a model, family and setting of the toggle")
     compute: Compute = field(Compute(), "precision")
     mesh: MeshConfig = field(MeshConfig(), "devices")
+    remote: RemoteConfig = field(RemoteConfig(), "how to ask the servers among the models")
 
     def __post_init__(self):
         if unknown := sorted(set(self.asked) - set(self.models)):
@@ -54,11 +61,13 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     `tasks_<name>.jsonl`, one prompt a line, and `conversations.jsonl`.
 
     A row: num_params, num_block_params, kv_elements_per_token, heldout (nats a token), tasks
-    ({"on"|"off": {family: pass@1 ...}}), latency. Comparisons are of each asked model with the one before.
+    ({"on"|"off": {family: pass@1 ...}}), latency; of a server only tasks. Comparisons are of each asked
+    model with the one before.
     """
     if not cfg.models:
         raise ValueError("models: expected at least one artifact, got none; set --config.models.NAME=DIR")
-    inputs = [*cfg.models.values(), *input_files((*cfg.data.sources, *cfg.data.heldout))]
+    artifacts = [artifact for artifact in cfg.models.values() if not is_address(artifact)]
+    inputs = [*artifacts, *input_files((*cfg.data.sources, *cfg.data.heldout))]
     return run_stage("evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path))
 
 
@@ -68,7 +77,11 @@ def _evaluate(cfg: Config, workdir: Path) -> dict[str, Any]:
     answers: dict[str, list[Record]] = {}
     conversations: list[dict[str, Any]] = []
     for name, artifact in cfg.models.items():
-        rows[name], records = _one(cfg, artifact, mesh, not cfg.asked or name in cfg.asked)
+        asked = not cfg.asked or name in cfg.asked
+        if is_address(artifact):
+            rows[name], records = _server(cfg, artifact, asked)
+        else:
+            rows[name], records = _one(cfg, artifact, mesh, asked)
         if records:
             answers[name] = records
             save_records(workdir / f"tasks_{name}.jsonl", records)
@@ -83,7 +96,7 @@ def _evaluate(cfg: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _one(
-    cfg: Config, artifact: str, mesh: jax.sharding.Mesh, ask: bool
+    cfg: Config, artifact: str, mesh: jax.sharding.Mesh, asked: bool
 ) -> tuple[dict[str, Any], list[Record]]:
     tokenizer = load_tokenizer(artifact)
     arch, params = load_model(artifact, mesh)
@@ -100,10 +113,19 @@ def _one(
     if cfg.latency.batch:
         row["latency"] = measure(params, arch, cfg.latency, compute=cfg.compute, mesh=mesh)
     records: list[Record] = []
-    if ask:
+    if asked:
         records = ask_all(params, arch, tokenizer, cfg.tasks, compute=cfg.compute, mesh=mesh)
         row["tasks"] = summarise(records)
     return row, records
+
+
+def _server(cfg: Config, address: str, asked: bool) -> tuple[dict[str, Any], list[Record]]:
+    """A model that somebody else serves: its answers are all that is known of it."""
+    if not asked:
+        return {"artifact": address}, []
+    with RemoteGenerator(dataclasses.replace(cfg.remote, base_url=address)) as generator:
+        records = ask(generator, cfg.tasks)
+    return {"artifact": address, "tasks": summarise(records)}, records
 
 
 def _commonest(records: list[Record]) -> dict[str, float]:

@@ -80,13 +80,11 @@ def chat_command(argv: Sequence[str]) -> int:
     args, extras = parser.parse_known_args(argv)
     overrides = split_overrides(extras, parser.prog)
     _check_address(args, parser)
-    from nemojax.config import apply_overrides, from_dict, to_dict
+    from nemojax.config import apply_overrides, from_dict
     from nemojax.generate import chat
 
     overrides += _short(args, "thinking_budget")
-    # from the defaults, for those of its parts are not the parts' own
-    values = apply_overrides(to_dict(chat.ChatConfig()), overrides)
-    chat.run(args.artifact, from_dict(chat.ChatConfig, values))
+    chat.run(args.artifact, from_dict(chat.ChatConfig, apply_overrides({}, overrides)))
     return 0
 
 
@@ -171,16 +169,6 @@ def _check(args: argparse.Namespace, parser: Parser) -> None:
 
 
 def _help(parser: Parser, cls: type, more: str = "") -> str:
-    from nemojax.config import describe, to_dict
+    from nemojax.config import field_lines
 
-    rows = [(name, repr(_at(to_dict(cls()), name)), doc) for name, _, doc in describe(cls)]
-    left, middle = (max(len(row[i]) for row in rows) for i in (0, 1))
-    lines = [f"  {name:<{left}}  {default:<{middle}}  {doc}" for name, default, doc in rows]
-    return "\n".join([parser.format_help() + more, "fields (--config.NAME=VALUE):", *lines])
-
-
-def _at(values: Any, name: str) -> Any:
-    """The value of a dotted name in a nested dict."""
-    for key in name.split("."):
-        values = values[key]
-    return values
+    return "\n".join([parser.format_help() + more, *field_lines(cls)])

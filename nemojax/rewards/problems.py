@@ -63,13 +63,6 @@ def load_problems(cfg: ProblemSet) -> list[Problem]:
     ]
 
 
-def make_questions(
-    items: Sequence[Problem], tokenizer: Tokenizer, arch: ArchSpec, thinking: Thinking = "both"
-) -> list[Question]:
-    """Each problem once for each setting of the toggle; ValueError for a prompt that fills the context."""
-    return [ask(problem, mode, tokenizer, arch) for mode in MODES[thinking] for problem in items]
-
-
 def ask(problem: Problem, thinking: bool, tokenizer: Tokenizer, arch: ArchSpec) -> Question:
     """The problem as a user's turn under the system line of the toggle."""
     ids = chat.encode_prompt(tokenizer, problems.question(problem), thinking, limit=arch.context - 1)

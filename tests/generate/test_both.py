@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from nemojax.data.mixture import TextData
+from nemojax.data.sources import Source
+from nemojax.evaluate import run as evaluate
+from nemojax.evaluate.latency import LatencyConfig
 from nemojax.evaluate.tasks import TasksConfig, ask, ask_all
 from nemojax.generate import batch
 from nemojax.generate.batch import AnswerConfig, GenerateConfig
@@ -142,6 +146,24 @@ def test_problems_are_asked_of_either(artifact, local, remote):
     assert len({tuple(r["text"]) for r in records if r["thinking"]}) > 3
     other = ask(local, TasksConfig(ProblemSet(("sum2",), 6), samples=2, max_new_tokens=8, seed=4))
     assert [r["text"] for r in other if r["thinking"]] != [r["text"] for r in records if r["thinking"]]
+
+
+@pytest.mark.slow
+def test_a_stage_evaluates_a_server_beside_an_artifact(artifact, remote, tmp_path):
+    """The same model twice: the same pass@1, and of the server nothing but that."""
+    text = Source("words", "text", path=str(tmp_path / "text.txt"))
+    cfg = evaluate.Config(
+        models={"here": str(artifact), "there": remote.cfg.base_url},
+        data=TextData(sources=(text,), heldout=(text,), length=32, batch_size=8),
+        tasks=TasksConfig(ProblemSet(("sum2",), 4), max_new_tokens=8, max_batch=8),
+        latency=LatencyConfig(batch=0),
+        remote=RemoteConfig(timeout=120.0),
+    )
+    (tmp_path / "text.txt").write_text("one and two make three " * 200)
+    rows = evaluate.run(cfg, tmp_path / "out")["models"]
+    assert rows["there"].keys() == {"artifact", "tasks"} and "heldout" in rows["here"]
+    assert rows["there"]["tasks"] == rows["here"]["tasks"]
+    assert len((tmp_path / "out" / "tasks_there.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.slow
