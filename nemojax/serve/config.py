@@ -56,9 +56,7 @@ class ServeConfig:
         None, "toggle of a chat where a request does not say; none leaves the system text alone"
     )
     reward_token: int = field(0, "/v1/score: the token whose logit after a conversation is its reward")
-    warm: bool = field(
-        True, "generate a little before the first request, so that it does not wait for compilers"
-    )
+    warm: bool = field(True, "compile what prompts of usual lengths need before the first request")
     access_log: bool = field(False, "a line on standard error for every request")
 
     def __post_init__(self):

@@ -23,7 +23,9 @@ class Metrics:
         self._generated = self._counter("generated_tokens", "Tokens generated")
         self._sequences = self._counter("sequences", "Sequences finished")
         self._first = self._histogram("time_to_first_token_seconds", "From acceptance to first token", _FIRST)
-        self._next = self._histogram("time_per_token_seconds", "Between two tokens of a sequence", _NEXT)
+        self._next = self._histogram(
+            "time_per_token_seconds", "Between two tokens, the mean of each piece", _NEXT
+        )
 
     def watch(self, slots: int, running: Callable[[], int], waiting: Callable[[], int]) -> None:
         """Gauges that are read when asked for."""
@@ -43,8 +45,7 @@ class Metrics:
         if first:
             self._first.observe(seconds)
         else:
-            for _ in range(num):
-                self._next.observe(seconds / num)
+            self._next.observe(seconds / num)
 
     def finished(self, prompt_tokens: int, cached_tokens: int) -> None:
         self._prompt.inc(prompt_tokens)

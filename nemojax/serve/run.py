@@ -30,7 +30,7 @@ from nemojax.serve.service import Service
 from nemojax.serve.worker import Worker
 from nemojax.sharding import make_mesh
 
-_WARM_TOKENS = 32  # a prompt's; longer ones have programs of their own
+_WARM_TOKENS = 64  # of a short question with its system text
 _LAST_SECONDS = 1.0  # for connections to close, when what they were for is done
 
 
@@ -144,18 +144,21 @@ class Server(uvicorn.Server):
 
 
 async def _warm(service: Service) -> None:
-    """Compiles the programs of short prompts, alone and in a full batch, before somebody waits for them."""
-    bos, engine = service.model.tokenizer.bos_id, service.cfg.engine
-    length = min(_WARM_TOKENS, service.context - 2)
-    if length < 1:
+    """Compiles the programs of prompts of usual lengths, alone and in a full batch, before somebody waits for
+    them. All others follow when there are some."""
+    engine, vocab = service.cfg.engine, service.model.arch.vocab_size
+    room = min(engine.prefill_chunk, service.context - engine.decode_steps - 2)
+    lengths = sorted({max(1, min(size, room)) for size in (_WARM_TOKENS, engine.prefill_chunk)})
+    if service.context < 2:
         return
+    print("nemojax serve: compiling (--config.warm=False starts at once)", file=sys.stderr, flush=True)
     sampling = dataclasses.replace(service.cfg.sampling, max_new_tokens=engine.decode_steps + 2)
-    vocab = service.model.arch.vocab_size
-    for num in (1, engine.slots):
-        jobs = [Job((*[bos] * (length - 1), i % vocab), sampling) for i in range(num)]
-        async with service.worker.submit(jobs) as events:
-            async for _ in events:
-                pass
+    for length in lengths:
+        for num in (1, engine.slots):
+            jobs = [Job((i % vocab, *[length % vocab] * (length - 1)), sampling) for i in range(num)]
+            async with service.worker.submit(jobs) as events:
+                async for _ in events:
+                    pass
 
 
 def address(listener: socket.socket) -> str:
