@@ -65,6 +65,12 @@ class EngineConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Sequences that there are programs for, ascending."""
+        few = [_GROWTH**i for i in range(16) if _GROWTH**i < self.slots] if self.elastic else []
+        return (*few, self.slots)
+
 
 @dataclass
 class EngineStats:
@@ -163,10 +169,8 @@ class Engine:
                     self._free(sequence)
 
     def step(self) -> list[Event]:
-        """One round: waiting jobs into free slots, a chunk of prompts, a few tokens for every sequence.
-
-        What has happened since, in order of its happening; nothing when there is nothing to do.
-        """
+        """One round: waiting jobs into free slots, a chunk of prompts, a few tokens for every sequence. Returns
+        what has happened since the last one, in order; [] when there is nothing to do."""
         with use_mesh(self._mesh):
             self._admit()
             owners = self._table.owners.values()
@@ -228,10 +232,8 @@ class Engine:
 
     def _rows(self, running: ListOf[Sequence]) -> tuple[list[Sequence | None], np.ndarray | None]:
         """(who stands in each row, the slot of each row or None where they are the slots themselves)."""
-        size = 1
-        while size < len(running):
-            size *= _GROWTH
-        if not self.cfg.elastic or size >= self.cfg.slots:
+        size = next(size for size in self.cfg.row_sizes if size >= len(running))
+        if size == self.cfg.slots:
             rows: list[Sequence | None] = [None] * self.cfg.slots
             for sequence in running:
                 rows[sequence.slot] = sequence

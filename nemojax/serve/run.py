@@ -146,19 +146,20 @@ class Server(uvicorn.Server):
 async def _warm(service: Service) -> None:
     """Compiles the programs of prompts of usual lengths, alone and in a full batch, before somebody waits for
     them. All others follow when there are some."""
+    if service.context < 2:
+        return
     engine, vocab = service.cfg.engine, service.model.arch.vocab_size
     room = min(engine.prefill_chunk, service.context - engine.decode_steps - 2)
     lengths = sorted({max(1, min(size, room)) for size in (_WARM_TOKENS, engine.prefill_chunk)})
-    if service.context < 2:
-        return
+    loads = [(num, lengths[0]) for num in engine.row_sizes]
+    loads += [(num, lengths[-1]) for num in (1, engine.slots)]
     print("nemojax serve: compiling (--config.warm=False starts at once)", file=sys.stderr, flush=True)
     sampling = dataclasses.replace(service.cfg.sampling, max_new_tokens=engine.decode_steps + 2)
-    for length in lengths:
-        for num in (1, engine.slots):
-            jobs = [Job((i % vocab, *[length % vocab] * (length - 1)), sampling) for i in range(num)]
-            async with service.worker.submit(jobs) as events:
-                async for _ in events:
-                    pass
+    for num, length in loads:
+        jobs = [Job((i % vocab, *[length % vocab] * (length - 1)), sampling) for i in range(num)]
+        async with service.worker.submit(jobs) as events:
+            async for _ in events:
+                pass
 
 
 def address(listener: socket.socket) -> str:

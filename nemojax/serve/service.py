@@ -37,16 +37,7 @@ _TOO_LONG = re.compile(r"(prompt|conversation \d+): expected (at most|fewer than
 
 
 class Sample(AnswerStream):
-    """An answer under way, with what those who stream it need: how many of its tokens are certain to have a
-    part in the text, where in the text each begins, and the text of the last `feed`."""
-
-    @property
-    def kept(self) -> int:
-        return self._text.kept
-
-    @property
-    def offsets(self) -> list[int]:
-        return self._text.offsets
+    """An answer under way, and the text of the last `feed`."""
 
     @property
     def last_text(self) -> str:
