@@ -169,8 +169,8 @@ class Engine:
                     self._free(sequence)
 
     def step(self) -> list[Event]:
-        """One round: waiting jobs into free slots, a chunk of prompts, a few tokens for every sequence. Returns
-        what has happened since the last one, in order; [] when there is nothing to do."""
+        """One round: waiting jobs into free slots, a chunk of prompts, a few tokens for every sequence.
+        Returns what has happened since the last one, in order; [] when there is nothing to do."""
         with use_mesh(self._mesh):
             self._admit()
             owners = self._table.owners.values()
