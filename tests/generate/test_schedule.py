@@ -1,5 +1,6 @@
 """Jobs that come and go: what an engine serves does not depend on how, and nothing is done twice."""
 
+import dataclasses
 import functools
 
 import jax
@@ -112,7 +113,7 @@ def test_jobs_that_arrive_while_others_run(params, jobs, expected):
     ids=lambda c: "-".join(c),
 )
 def test_how_it_is_served_changes_nothing(params, jobs, expected, change):
-    cfg = EngineConfig(**(vars(SMALL) | change))
+    cfg = dataclasses.replace(SMALL, **change)
     engine = Engine(params, ARCH, cfg)
     out = complete(engine, jobs)
     assert [c.tokens for c in out] == [c.tokens for c in expected]
@@ -147,12 +148,13 @@ def test_a_conversation_goes_on_where_it_ended(params):
 
 
 def test_a_cancelled_job_frees_its_slot(params):
-    engine = Engine(params, ARCH, EngineConfig(**(vars(SMALL) | {"slots": 1})))
+    engine = Engine(params, ARCH, dataclasses.replace(SMALL, slots=1))
     first = engine.submit(job(prompt(20), new=100, stop_ids=()))
     second = engine.submit(job(prompt(8, 3), new=5, stop_ids=()))
     third = engine.submit(job(prompt(9, 3), new=5, stop_ids=()))
     assert engine.num_waiting == 3
-    engine.step(), engine.step()
+    engine.step()
+    engine.step()
     assert (engine.num_running, engine.num_waiting) == (1, 2)
     engine.cancel(first)
     engine.cancel(third)
@@ -178,7 +180,8 @@ def test_the_reader_of_a_shared_prompt_is_cancelled(params):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def trainer_logps(params, batch, temperature=1.0, dtype="float32"):
-    return policy_logps(params, ARCH, batch, temperature=temperature, compute=Compute(dtype=dtype))
+    compute = Compute(dtype=dtype)  # pyright: ignore[reportArgumentType]
+    return policy_logps(params, ARCH, batch, temperature=temperature, compute=compute)
 
 
 def drift(params, jobs, completions, dtype="float32"):
@@ -222,7 +225,7 @@ def test_a_smaller_cache_says_nearly_the_same(params, jobs):
     """The fewer bits, the further from the trainer; all far nearer than another model would be."""
     mean = {}
     for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
-        engine = Engine(params, ARCH, EngineConfig(**(vars(SMALL) | {"cache_dtype": dtype})))
+        engine = Engine(params, ARCH, dataclasses.replace(SMALL, cache_dtype=dtype))
         out = complete(engine, jobs)
         assert {leaf.dtype.name for leaf in jax.tree.leaves(engine._state.cache)} >= {dtype}
         mean[dtype] = drift(params, jobs, out)[1]
@@ -250,7 +253,7 @@ def test_top_logprobs_are_those_of_the_distribution(params):
         assert dict(step)[token] == pytest.approx(logprob, abs=1e-6)
     greedy = job(prompt(12), sampling=SamplingConfig(0, max_new_tokens=3), stop_ids=(), top_logprobs=2)
     for report, least in (("sampled", 0.0), ("model", -5.0)):
-        engine = Engine(params, ARCH, EngineConfig(**(vars(SMALL) | {"logprobs": report})))
+        engine = Engine(params, ARCH, dataclasses.replace(SMALL, logprobs=report))
         number = engine.submit(greedy)
         [event] = [e for events in iter(engine.step, []) for e in events if e.finish]
         assert 0 >= event.logprobs[-1] >= least and (event.logprobs[-1] == 0) == (report == "sampled")
@@ -269,7 +272,7 @@ def test_a_thinking_budget_closes_the_reasoning(params, tokens):
     free = alone(params, job(ask.prompt, new=24, stop_ids=())).tokens
     cut = max(1, tokens)  # one token comes with the prompt
     assert 12 not in free[:cut]
-    for cfg in (SMALL, EngineConfig(**(vars(SMALL) | {"decode_steps": 1, "reuse": 0}))):
+    for cfg in (SMALL, dataclasses.replace(SMALL, decode_steps=1, "reuse": 0)):
         engine = Engine(params, ARCH, cfg)
         others = [engine.submit(job(prompt(8, i), new=20, stop_ids=())) for i in range(2)]
         number = engine.submit(ask)

@@ -1,6 +1,9 @@
 """Proposals change how many passes it takes, and nothing else."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,7 +51,7 @@ def make_jobs(count, sampling, seed=0):
 
 
 def engine(params, kind=None, draft=None):
-    cfg = EngineConfig(**(vars(CFG) | {"speculation": KINDS[kind]})) if kind else CFG
+    cfg = dataclasses.replace(CFG, speculation=KINDS[kind]) if kind else CFG
     return Engine(params, ARCH, cfg, draft=draft if kind == "draft" else None)
 
 
@@ -101,7 +104,7 @@ def test_samples_follow_the_distribution(params, draft, kind):
     firsts = np.array([c.tokens[0] for c in out])
     common = int(np.bincount(firsts).argmax())
     seconds = np.array([c.tokens[1] for c in out if c.tokens[0] == common])
-    logits, _ = apply(params, ARCH, {"tokens": np.array([[*prompt, common]])})
+    logits, _ = apply(params, ARCH, {"tokens": jnp.array([[*prompt, common]])})
     want = np.asarray(jax.nn.softmax(logits[0, -1] / 0.8))
     got = np.bincount(seconds, minlength=VOCAB)
     expected = want * len(seconds)
