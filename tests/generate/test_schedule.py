@@ -272,7 +272,7 @@ def test_a_thinking_budget_closes_the_reasoning(params, tokens):
     free = alone(params, job(ask.prompt, new=24, stop_ids=())).tokens
     cut = max(1, tokens)  # one token comes with the prompt
     assert 12 not in free[:cut]
-    for cfg in (SMALL, dataclasses.replace(SMALL, decode_steps=1, "reuse": 0)):
+    for cfg in (SMALL, dataclasses.replace(SMALL, decode_steps=1, reuse=0)):
         engine = Engine(params, ARCH, cfg)
         others = [engine.submit(job(prompt(8, i), new=20, stop_ids=())) for i in range(2)]
         number = engine.submit(ask)
