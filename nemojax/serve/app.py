@@ -102,7 +102,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             run = await service.start([service.chat(body)], bool(body.ignore_eos))
             return ChatWriter(run, body, tokenizer)
 
-        return await _answer(request, service, start, bool(body.stream))
+        return await _answer(request, start, bool(body.stream))
 
     @app.post("/v1/completions", **_posted(CompletionRequest, replies.Completion, replies.Completion))
     async def completions(request: Request) -> Response:
@@ -112,17 +112,15 @@ def _add_completions(app: FastAPI, service: Service) -> None:
             run = await service.start(service.completions(body), bool(body.ignore_eos))
             return TextWriter(run, body, tokenizer)
 
-        return await _answer(request, service, start, bool(body.stream))
+        return await _answer(request, start, bool(body.stream))
 
 
-async def _answer(
-    request: Request, service: Service, start: Callable[[], Awaitable[Writer]], streams: bool
-) -> Response:
+async def _answer(request: Request, start: Callable[[], Awaitable[Writer]], streams: bool) -> Response:
     if streams:
 
         async def begin() -> EventStream:
             writer = await start()
-            return EventStream(await writer.stream(), writer.run.close, service.cfg.limits.io_seconds)
+            return EventStream(await writer.stream(), writer.run.close)
 
         return await while_connected(request.receive, begin())
 

@@ -22,9 +22,7 @@ class Limits:
     prompts: int = field(64, "prompts of a completion, or conversations to be scored, in one request")
     stops: int = field(16, "stop strings, and stop ids")
     queue: int = field(256, "sequences that may wait for a slot; beyond that 429, try again")
-    io_seconds: float = field(
-        30.0, "seconds for a client to send its request, or to take a piece of a stream"
-    )
+    io_seconds: float = field(30.0, "seconds for a client to send its request, or to go on reading an answer")
     drain_seconds: float = field(30.0, "seconds for running requests to finish after SIGTERM")
 
     def __post_init__(self):

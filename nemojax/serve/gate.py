@@ -147,20 +147,19 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events. Hanging up, or not making room for a piece in `seconds`, ends them; `close` is
-    called at the end, whichever it is."""
+    """Server-sent events. `close` is called at the end, also if the client hangs up before."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None], seconds: float):
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._close, self._seconds = events, close, seconds
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await while_connected(receive, self._send(send))
-        except (ClientGone, TimeoutError):
+        except ClientGone:
             pass
         finally:  # a generator that was never begun does not clean up
             self._close()
@@ -169,34 +168,42 @@ class EventStream(Response):
         async with aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in events:
-                await self._piece(send, f"data: {event}\n\n".encode(), True)
-            await self._piece(send, b"", False)
-
-    async def _piece(self, send: Send, data: bytes, more: bool) -> None:
-        async with asyncio.timeout(self._seconds):
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+                data = f"data: {event}\n\n".encode()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def make_protocol(seconds: float) -> type[H11Protocol]:
-    """Uvicorn's HTTP, with an end to requests whose head does not come, and our words for what is no HTTP."""
+    """Uvicorn's HTTP, with an end to heads that do not come and to answers that nobody takes, and our words
+    for what is no HTTP."""
 
     class PatientProtocol(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
+        _timers: dict[str, asyncio.TimerHandle]
 
         def connection_made(self, transport: Any) -> None:
+            self._timers = {}
             super().connection_made(transport)
-            self._wait_for_head()
+            self._expect("head", self.transport.close)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             # uvicorn's own time between requests ends with the first byte of the next one
             if self.cycle is None or self.cycle.response_complete:
-                self._wait_for_head()
+                self._expect("head", self.transport.close)
             else:
-                self._stop_waiting()
+                self._came("head")
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._expect("room", self.transport.abort)  # to close would wait for what nobody reads
+
+        def resume_writing(self) -> None:
+            self._came("room")
+            super().resume_writing()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
+            for what in list(self._timers):
+                self._came(what)
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
@@ -205,13 +212,13 @@ def make_protocol(seconds: float) -> type[H11Protocol]:
             self.transport.write(f"HTTP/1.1 400 Bad Request\r\n{head}\r\n\r\n".encode() + body)
             self.transport.close()
 
-        def _wait_for_head(self) -> None:
-            if self._timer is None and not self.transport.is_closing():
-                self._timer = self.loop.call_later(seconds, self.transport.close)
+        def _expect(self, what: str, otherwise: Callable[[], None]) -> None:
+            if what not in self._timers and not self.transport.is_closing():
+                self._timers[what] = self.loop.call_later(seconds, otherwise)
 
-        def _stop_waiting(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+        def _came(self, what: str) -> None:
+            timer = self._timers.pop(what, None)
+            if timer is not None:
+                timer.cancel()
 
     return PatientProtocol

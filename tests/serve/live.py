@@ -99,6 +99,15 @@ class Live:
         rows = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return {name.removeprefix("nemojax_"): float(value) for name, value in rows}
 
+    def num_sockets(self) -> int:
+        """Sockets that the process holds."""
+        folder = f"/proc/{self.process.pid}/fd"
+        links = []
+        for name in os.listdir(folder):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                links.append(os.readlink(f"{folder}/{name}"))
+        return sum(link.startswith("socket:") for link in links)
+
     def wait_until(self, **wanted: float) -> None:
         """Until metrics have these values."""
         deadline = time.monotonic() + PATIENCE
