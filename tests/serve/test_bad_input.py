@@ -158,12 +158,7 @@ BODIES = {
         400,
         "thinking",
     ),
-    "another template's switch": (
-        CHATS,
-        ASK | {"chat_template_kwargs": {"custom": 1}},
-        400,
-        "chat_template_kwargs.custom",
-    ),
+    "a switch": (CHATS, ASK | {"chat_template_kwargs": {"custom": 1}}, 400, "chat_template_kwargs.custom"),
     "no prompt": (TEXTS, {"model": MODEL}, 400, "prompt"),
     "an empty list": (TEXTS, TEXT | {"prompt": []}, 400, "prompt"),
     "an empty prompt of ids": (TEXTS, TEXT | {"prompt": [[1], []]}, 400, "prompt.1"),
