@@ -380,15 +380,14 @@ def test_a_client_that_hangs_up_in_the_queue(server):
 def test_a_reader_that_stops_reading_is_let_go(server, streams):
     """Its window is full, and it does not hang up: the connection ends, others are served."""
     body = json.dumps({**LONG, "stream": streams, "n": 8, "logprobs": True, "top_logprobs": 20}).encode()
-    before = server.num_sockets()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(head(len(body)) + body)
         server.wait_until(sequences_running=8)
-        assert server.request(CHATS, ASK)[0] == 200
+        assert server.holds(connection) and server.request(CHATS, ASK)[0] == 200
         deadline = time.monotonic() + PATIENCE
-        while server.num_sockets() > before:
+        while server.holds(connection):
             assert time.monotonic() < deadline, "it is still there"
             time.sleep(0.05)
         parts = []
