@@ -110,7 +110,11 @@ class ThinkingCounter:
 
 
 def job_key(seed: int, sample: int = 0) -> tuple[int, int]:
-    """The key of a sample: that of `fold_in(key(seed), sample)`."""
-    words = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample))
-    high, low = np.asarray(words).tolist()
+    """The key of a sample: that of `fold_in(key(seed), sample)`, for seeds in [0, 2**32)."""
+    high, low = np.asarray(_key_words(np.uint32(seed), np.uint32(sample))).tolist()
     return high, low
+
+
+@jax.jit
+def _key_words(seed: jax.Array, sample: jax.Array) -> jax.Array:
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), sample))

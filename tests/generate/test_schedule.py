@@ -348,3 +348,9 @@ def test_bad_jobs_are_refused(params, bad, message):
 def test_bad_configurations_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineConfig(**bad)
+
+
+@pytest.mark.parametrize("seed, sample", [(0, 0), (7, 3), (2**32 - 1, 9), (2**31, 2**20)])
+def test_keys_of_samples_are_those_of_jax(seed, sample):
+    key = jax.random.fold_in(jax.random.key(seed), sample)
+    assert job_key(seed, sample) == tuple(jax.random.key_data(key).tolist())
