@@ -212,6 +212,11 @@ class AnswerStream:
         """For each token, the place in the text of the first character that it has a part in."""
         return self._text.offsets
 
+    @property
+    def last_text(self) -> str:
+        """What the last `feed` was in one piece."""
+        return self._written[-1]
+
     def feed(self, event: Event) -> list[Piece]:
         """What is new. Text that may yet turn out to begin a stop string, a tag or a call waits."""
         assert not self.done

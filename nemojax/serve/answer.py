@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from nemojax.data.tokenizer import Tokenizer
+from nemojax.generate.local import AnswerStream
 from nemojax.generate.protocol import ToolCall
 from nemojax.generate.text import token_bytes, token_text
 from nemojax.serve.errors import ApiError
@@ -31,7 +32,7 @@ from nemojax.serve.replies import (
     Usage,
 )
 from nemojax.serve.schema import ChatRequest, CompletionRequest, Sampling
-from nemojax.serve.service import News, Run, Sample
+from nemojax.serve.service import News, Run
 
 LEAST = -9999.0  # what OpenAI writes for a token that cannot come: JSON has no infinity
 END = "[DONE]"
@@ -185,7 +186,7 @@ class ChatWriter(Writer):
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(**self.head, object="chat.completion.chunk", choices=choices, **self.usages(usage))
 
-    def _logprobs(self, sample: Sample, first: int, end: int) -> ChatLogprobs | None:
+    def _logprobs(self, sample: AnswerStream, first: int, end: int) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
         entries = [
@@ -239,7 +240,7 @@ class TextWriter(Writer):
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> Completion:
         return Completion(**self.head, object="text_completion", choices=choices, **self.usages(usage))
 
-    def _logprobs(self, sample: Sample, first: int, end: int) -> TextLogprobs:
+    def _logprobs(self, sample: AnswerStream, first: int, end: int) -> TextLogprobs:
         rows = _columns(sample, first, end)
         return TextLogprobs(
             tokens=[token_text(self.tokenizer, token) for token, _, _ in rows],
@@ -262,7 +263,9 @@ def _called(call: ToolCall, index: int | None = None) -> CalledTool:
     return CalledTool(**place, id=f"call_{secrets.token_hex(12)}", type="function", function=function)
 
 
-def _columns(sample: Sample, first: int, end: int) -> list[tuple[int, float, Sequence[tuple[int, float]]]]:
+def _columns(
+    sample: AnswerStream, first: int, end: int
+) -> list[tuple[int, float, Sequence[tuple[int, float]]]]:
     """(token, its log-probability, the likeliest tokens) of some of a sample's tokens."""
     top = sample.top[first:end] or [[] for _ in range(first, end)]
     return list(zip(sample.tokens[first:end], sample.logprobs[first:end], top, strict=True))

@@ -36,14 +36,6 @@ from nemojax.serve.worker import Overloaded, Stopped, Stream, Worker
 _TOO_LONG = re.compile(r"(prompt|conversation \d+): expected (at most|fewer than) \d+ tokens")
 
 
-class Sample(AnswerStream):
-    """An answer under way, and the text of the last `feed`."""
-
-    @property
-    def last_text(self) -> str:
-        return self._written[-1]
-
-
 class News(NamedTuple):
     """What is new in one of the samples: text, the same in pieces, tokens `first` to `end`, why it ended."""
 
@@ -240,7 +232,7 @@ class Run:
     ):
         self._service, self._jobs, self._stream = service, jobs, stream
         self.samples = [
-            Sample(service.model, request, job)
+            AnswerStream(service.model, request, job)
             for request, group in zip(requests, jobs, strict=True)
             for job in group
         ]
@@ -280,7 +272,7 @@ class Run:
             ),
         )
 
-    def _reasoning(self, sample: Sample) -> int:
+    def _reasoning(self, sample: AnswerStream) -> int:
         """Tokens up to the end of the reasoning, its tags included."""
         reasoning = sample.answer().reasoning
         if reasoning is None:
