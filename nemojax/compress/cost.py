@@ -21,6 +21,7 @@ from nemojax.compress.subblock import PARTS, Part, Sub, apply_part, part_spec, r
 from nemojax.config import field
 from nemojax.model.attention import make_context
 from nemojax.model.block import apply_block, init_block
+from nemojax.model.cache import Cache, Window, init_cache, read, write
 
 MIB = 2**20
 Timing = Literal["prefill", "decode"]
@@ -103,23 +104,25 @@ def measured_ms(arch: ArchSpec, part: Part, sub: Sub, timing: Timing, config: Co
         return _median_ms(
             lambda: run_part(arch, part, sub, p, h_BTD, positions_BT, segments_BT), config.repeats
         )
-    kv_heads = sub.num_kv_heads if isinstance(sub, Attention) else 0
-    cache = jnp.zeros((2, batch, length, kv_heads, arch.head_dim))
+    one = arch.replace(blocks=(part_spec(part, sub),))
+    cache = init_cache(one, batch, length, split=True)
     last_B1 = positions_BT[:, -1:]
     return _median_ms(lambda: _decode_part(arch, part, sub, p, h_BTD[:, :1], cache, last_B1), config.repeats)
 
 
 @partial(jax.jit, static_argnames=("arch", "part", "sub"))
 def _decode_part(
-    arch: ArchSpec, part: Part, sub: Sub, p: dict, h_B1D: jax.Array, cache: jax.Array, positions_B1: jax.Array
+    arch: ArchSpec, part: Part, sub: Sub, p: dict, h_B1D: jax.Array, cache: Cache, positions_B1: jax.Array
 ) -> jax.Array:
     ctx = make_context(arch, positions_B1)
     if not isinstance(sub, Attention):
         return apply_part(arch, part, sub, p, h_B1D, ctx)
-    rows_B1 = jnp.arange(h_B1D.shape[0])[:, None]
+    [[layer]] = cache.values()
+    rows, length = h_B1D.shape[0], layer["k"].shape[2]
 
     def update(k_B1KH: jax.Array, v_B1KH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return cache[0].at[rows_B1, positions_B1].set(k_B1KH), cache[1].at[rows_B1, positions_B1].set(v_B1KH)
+        new = write(layer, {"k": k_B1KH, "v": v_B1KH}, jnp.arange(rows), positions_B1)
+        return read(new, Window(cache, length), rows, h_B1D.dtype)
 
     return apply_block(arch, part_spec(part, sub), {part: p}, h_B1D, ctx, update=update)
 
