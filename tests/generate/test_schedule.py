@@ -119,7 +119,7 @@ def test_how_it_is_served_changes_nothing(params, jobs, expected, change):
     assert [c.tokens for c in out] == [c.tokens for c in expected]
     for got, want in zip(out, expected, strict=True):
         np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
-    assert (engine.stats.cached_tokens > 0) == (change != {"reuse": 0}) or "reuse" in change
+    assert engine.stats.cached_tokens > 0  # without reuse, equal prompts are still read once
 
 
 def test_a_mesh_serves_the_same(params, jobs, expected):
