@@ -6,184 +6,232 @@ no model. Costs outside the blocks are `fixed` and subtracted from the budgets f
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-Choice = Mapping[str, Any]
-TOLERANCE = 1e-9
+from nemojax.compress.milp import Answer, Link, OutOfTime, Program, Row
+from nemojax.compress.table import Bound, Table, bounds_of, load_table
+from nemojax.config import field
+
+__all__ = ["Budget", "Infeasible", "Search", "Solution", "Table", "load_table", "solve", "total"]
+
+Method = Literal["mip", "greedy", "random", "uniform", "noop_only", "max_params"]
 
 
 @dataclass(frozen=True)
-class Table:
-    """`layers[i][j]`: {"name": text, any number of numeric columns}; `fixed`: costs outside the layers."""
+class Budget:
+    """What the child may cost. Keys are columns of the table: params, memory_mib, kv_mib, prefill_ms,
+    decode_ms, NAME_ms and NAME_memory_mib of a scenario, and rates: prefill_tokens_per_s and so on."""
 
-    layers: tuple[tuple[Choice, ...], ...]
-    fixed: Mapping[str, float]
+    ratio: dict[str, float] = field(
+        {"params": 0.65}, "most of each cost, as a share of the parent's blocks; of tokens_per_s the least"
+    )
+    maximum: dict[str, float] = field({}, "most of each cost, embedding and head included")
+    minimum: dict[str, float] = field({}, "least of each cost or tokens_per_s, embedding and head included")
 
-    def column(self, name: str) -> list[np.ndarray]:
-        """One column by layer. ValueError naming the cell that is missing or not a finite number."""
-        return [np.array([_cell(c, name, i) for c in options]) for i, options in enumerate(self.layers)]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"layers": [[dict(c) for c in options] for options in self.layers], "fixed": dict(self.fixed)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Table:
-        layers = tuple(tuple(options) for options in data["layers"])
-        for i, options in enumerate(layers):
-            if not options:
-                raise ValueError(f"table: layer {i}: expected at least one choice, got none")
-        return cls(layers, dict(data.get("fixed", {})))
+    def bounds(self, table: Table) -> tuple[Bound, ...]:
+        """Absolute bounds, the tighter of two of a kind. Each layer's choice 0 must be the parent's block."""
+        maximum, minimum = dict(self.maximum), dict(self.minimum)
+        for name, share in self.ratio.items():
+            parent = table.total(name, [0] * len(table.layers))
+            if table.time_of(name):
+                minimum[name] = max(minimum.get(name, -math.inf), share * parent)
+            else:
+                outside = table.outside(name)
+                most = (parent - outside) * share + outside
+                maximum[name] = min(maximum.get(name, math.inf), most)
+        return bounds_of(maximum, minimum)
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Bounds on totals, non-block costs included: {cost name: bound}."""
+class Search:
+    """How the child is searched for."""
 
-    maximum: Mapping[str, float]
-    minimum: Mapping[str, float]
+    method: Method = field("mip", "mip, or a baseline: greedy, random, uniform, noop_only, max_params")
+    minimize: str = field("score", "column of the table whose sum is least")
+    maximize: str | None = field(None, "column whose sum is greatest, in place of minimize")
+    max_seconds: float = field(60.0, "time limit of a solution, seconds")
+    num_solutions: int = field(1, "solutions, best first; the child is the first")
+    diversity: int = field(1, "layers in which any two solutions differ at least")
+    prefer_runs: float = field(
+        0.0, "share of the optimum given up at most for fewer changes between neighbouring layers; 0: none"
+    )
+    fix: tuple[str, ...] = field((), "LAYERS:GLOB of choice names: these layers take one that matches")
+    exclude: tuple[str, ...] = field((), "LAYERS:GLOB of choice names: these layers take none that matches")
+    seed: int = field(0, "seed of the random method")
 
-    def rows(self) -> list[tuple[str, str, float]]:
-        """(cost, "max" or "min", bound)."""
-        return [(n, "max", b) for n, b in self.maximum.items()] + [
-            (n, "min", b) for n, b in self.minimum.items()
-        ]
+    def __post_init__(self):
+        if self.max_seconds <= 0:
+            raise ValueError(f"max_seconds: expected a positive number of seconds, got {self.max_seconds:g}")
+        if self.num_solutions < 1:
+            raise ValueError(f"num_solutions: expected at least 1, got {self.num_solutions}")
+        if not 0 <= self.prefer_runs < 1:
+            raise ValueError(f"prefer_runs: expected a share from 0 up to 1, got {self.prefer_runs:g}")
 
 
 @dataclass(frozen=True)
 class Solution:
     """The chosen index for each layer, the sum of scores, and every constrained total. `gap`: relative
-    distance to the proven optimum, 0 when optimal."""
+    distance to the proven optimum, 0 when optimal; None for a method that proves nothing."""
 
     chosen: tuple[int, ...]
     objective: float
     totals: Mapping[str, float]
-    gap: float
+    gap: float | None
 
     def names(self, table: Table) -> list[str]:
         return [str(options[j]["name"]) for options, j in zip(table.layers, self.chosen, strict=True)]
 
 
-def load_table(path: str | os.PathLike) -> Table:
-    try:
-        return Table.from_json(json.loads(Path(path).read_text()))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a table ({type(error).__name__}: {error})") from error
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of a table: the sum to make least (or greatest), and the bounds."""
+
+    column: str
+    greatest: bool = False
+    bounds: tuple[Bound, ...] = ()
+
+    def weights(self, table: Table) -> np.ndarray:
+        """What to minimise, for each choice of all layers side by side."""
+        timed = table.time_of(self.column)  # the highest rate is the least time
+        name, greatest = (timed[0], not self.greatest) if timed else (self.column, self.greatest)
+        return np.concatenate(table.column(name)) * (-1.0 if greatest else 1.0)
+
+    def program(self, table: Table) -> Program:
+        rows = []
+        for bound in map(table.linear, self.bounds):
+            outside = table.outside(bound.name)
+            free = bound.value - outside
+            low, high = (-np.inf, free) if bound.side == "max" else (free, np.inf)
+            # what `Bound.holds` allows, so that both judge alike
+            slack = 1e-12 * max(abs(bound.value), abs(outside))
+            rows.append(Row(np.concatenate(table.column(bound.name)), low, high, slack))
+        return Program([len(options) for options in table.layers], rows)
+
+    def solution(self, table: Table, chosen: Sequence[int], gap: float | None = None) -> Solution:
+        totals = {bound.name: table.total(bound.name, chosen) for bound in self.bounds}
+        return Solution(tuple(chosen), table.total(self.column, chosen), totals, gap)
+
+
+class Infeasible(ValueError):
+    """No choice of blocks meets the bounds."""
 
 
 def solve(
     table: Table,
     *,
     minimize: str = "score",
+    maximize: str | None = None,
     maximum: Mapping[str, float] | None = None,
     minimum: Mapping[str, float] | None = None,
     num_solutions: int = 1,
     diversity: int = 1,
+    prefer_runs: float = 0.0,
     max_seconds: float = 60.0,
 ) -> list[Solution]:
     """The best solutions, best first; any two differ in at least `diversity` layers.
 
-    ValueError when no solution exists: for each bound, the nearest value possible with the others held.
+    `maximum` and `minimum`: {column or rate: bound on its total, non-block costs included}. `prefer_runs`: a
+    second solve takes the fewest changes between neighbouring layers among all solutions whose objective is
+    worse by at most this share. `max_seconds` limits each solve; a gap is then what was not proven.
+    `Infeasible` when no solution exists: for each bound, the nearest value possible with the others held.
     Fewer than `num_solutions` come back when there are no more.
     """
-    limits = Limits(maximum or {}, minimum or {})
+    goal = Goal(maximize or minimize, maximize is not None, bounds_of(maximum, minimum))
+    return solve_goal(
+        table,
+        goal,
+        Search(
+            "mip",
+            max_seconds=max_seconds,
+            num_solutions=num_solutions,
+            diversity=diversity,
+            prefer_runs=prefer_runs,
+        ),
+    )
+
+
+def solve_goal(table: Table, goal: Goal, how: Search) -> list[Solution]:
+    """`solve` for a goal; of `how`, what concerns the integer program."""
+    layers = len(table.layers)
+    if how.num_solutions > 1 and not 1 <= how.diversity <= layers:
+        raise ValueError(f"diversity: expected from 1 to the {layers} layers, got {how.diversity}")
+    weights, program = goal.weights(table), goal.program(table)
     found: list[Solution] = []
-    while len(found) < num_solutions:
-        taken = [solution.chosen for solution in found]
-        answer = _optimise(table, table.column(minimize), limits, taken, diversity, max_seconds)
+    while len(found) < how.num_solutions:
+        answer = program.minimise(weights, how.max_seconds)
         if answer is None:
             if found:
                 break
-            raise ValueError(_infeasible(table, limits, max_seconds))
-        chosen, gap = answer
-        totals = {name: total(table, name, chosen) for name, _, _ in limits.rows()}
-        found.append(Solution(chosen, total(table, minimize, chosen), totals, gap))
-    return found
+            raise Infeasible(infeasible(table, goal, how.max_seconds))
+        if how.prefer_runs:
+            answer = _with_runs(table, program, weights, answer, how)
+        found.append(goal.solution(table, answer.chosen, _gap(answer)))
+        program.differ(answer.chosen, how.diversity)
+    return sorted(found, key=lambda s: -s.objective if goal.greatest else s.objective)
 
 
 def total(table: Table, name: str, chosen: Sequence[int]) -> float:
     """Sum of a column over the chosen blocks, plus what is fixed."""
-    column = table.column(name)
-    return float(table.fixed.get(name, 0.0)) + math.fsum(c[j] for c, j in zip(column, chosen, strict=True))
+    return table.total(name, chosen)
 
 
-def _optimise(
-    table: Table,
-    objective: Sequence[np.ndarray],
-    limits: Limits,
-    taken: Sequence[tuple[int, ...]],
-    diversity: int,
-    max_seconds: float,
-) -> tuple[tuple[int, ...], float] | None:
-    """(chosen, gap) of the least objective, or None when infeasible."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    sizes = [len(options) for options in table.layers]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    count = int(starts[-1])
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(sizes), count))
-    constraints = [LinearConstraint(one_each, 1, 1)]  # pyright: ignore[reportArgumentType]
-    for name, side, bound in limits.rows():
-        row, free = np.concatenate(table.column(name)), bound - float(table.fixed.get(name, 0.0))
-        scale = max(np.abs(row).max(), abs(free), 1e-300)
-        slack = TOLERANCE * max(abs(free) / scale, 1e-3)
-        low, high = (-np.inf, free / scale + slack) if side == "max" else (free / scale - slack, np.inf)
-        constraints.append(LinearConstraint(row / scale, low, high))
-    for chosen in taken:
-        row = np.zeros(count)
-        row[starts[:-1] + np.array(chosen)] = 1
-        constraints.append(LinearConstraint(row, -np.inf, len(sizes) - diversity))
-    weights = np.concatenate(list(objective))
-    result = milp(
-        weights / max(np.abs(weights).max(), 1e-300),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0, "time_limit": max_seconds},
-    )
-    if result.x is None:
-        if result.status == 1:
-            raise ValueError(f"search: no solution within {max_seconds:g} s; raise the time limit")
-        return None
-    chosen = tuple(int(np.argmax(result.x[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True))
-    return chosen, float(result.mip_gap or 0.0)
+def changes(table: Table, chosen: Sequence[int]) -> int:
+    """Neighbouring layers whose choices have different names."""
+    names = [table.layers[i][j]["name"] for i, j in enumerate(chosen)]
+    return sum(a != b for a, b in zip(names[:-1], names[1:], strict=True))
 
 
-def _infeasible(table: Table, limits: Limits, max_seconds: float) -> str:
+def _with_runs(table: Table, program: Program, weights: np.ndarray, best: Answer, how: Search) -> Answer:
+    """The answer with the fewest changes that is worse than `best` by at most a share of it; `best` itself
+    when time runs out first."""
+    names = table.names()
+    links = [
+        Link(int(program.starts[i]) + a, int(program.starts[i + 1]) + b, 1.0)
+        for i in range(len(names) - 1)
+        for a, name in enumerate(names[i])
+        for b, other in enumerate(names[i + 1])
+        if name == other
+    ]
+    most = best.value + how.prefer_runs * abs(best.value)
+    near = Program(program.sizes, [*program.rows, Row(weights, -np.inf, most, 1e-12 * abs(most))])
+    try:
+        answer = near.minimise(np.zeros_like(weights), how.max_seconds, links)
+    except OutOfTime:
+        return best
+    if answer is None or changes(table, answer.chosen) >= changes(table, best.chosen):
+        return best
+    value = math.fsum(weights[program.places(answer.chosen)])
+    return Answer(answer.chosen, value, best.bound, value <= best.bound)
+
+
+def _gap(answer: Answer) -> float:
+    if answer.optimal:
+        return 0.0
+    return max(0.0, answer.value - answer.bound) / max(abs(answer.value), 1e-12)
+
+
+def infeasible(table: Table, goal: Goal, max_seconds: float) -> str:
     """For each bound the nearest total that is possible when the other bounds hold."""
     parts = []
-    for name, side, bound in limits.rows():
-        others = Limits(
-            {n: b for n, b in limits.maximum.items() if (n, "max") != (name, side)},
-            {n: b for n, b in limits.minimum.items() if (n, "min") != (name, side)},
-        )
-        sign = 1.0 if side == "max" else -1.0
-        objective = [sign * column for column in table.column(name)]
-        answer = _optimise(table, objective, others, (), 0, max_seconds)
-        word = "least" if side == "max" else "most"
+    held = " with the others held" if len(goal.bounds) > 1 else ""
+    for bound in goal.bounds:
+        others = Goal(goal.column, bounds=tuple(b for b in goal.bounds if b != bound))
+        nearest = Goal(bound.name, greatest=bound.side == "min")
+        asked = f"{bound.name} {bound.side} {bound.value:.10g}"
+        word = "least" if bound.side == "max" else "most"
+        try:
+            answer = others.program(table).minimise(nearest.weights(table), max_seconds)
+        except OutOfTime:
+            parts.append(f"{asked} ({word} possible{held}: not known after {max_seconds:g} s)")
+            continue
         if answer is None:
-            parts.append(f"{name} {side} {bound:.10g} (the others alone are impossible)")
+            parts.append(f"{asked} (the others alone are impossible)")
         else:
-            best = total(table, name, answer[0])
-            held = " with the others held" if len(limits.rows()) > 1 else ""
-            parts.append(f"{name} {side} {bound:.10g} ({word} possible{held}: {best:.10g})")
+            best = table.total(bound.name, answer.chosen)
+            parts.append(f"{asked} ({word} possible{held}: {best:.10g})")
     return f"budget: expected bounds that some choice of blocks meets, got {'; '.join(parts)}; relax one"
-
-
-def _cell(choice: Choice, name: str, layer: int) -> float:
-    value = choice.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(
-            f"table: layer {layer}, choice {choice.get('name', '?')!r}, column {name!r}: "
-            f"expected a finite number, got {value!r}"
-        )
-    return float(value)

@@ -1,0 +1,96 @@
+"""Times of sub-blocks on the machine at hand: compiled, warmed, the median of several."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nemojax.arch import ArchSpec, Attention
+from nemojax.compress.cost import Prices, Step
+from nemojax.compress.subblock import Part, Sub, apply_part, part_spec, run_part
+from nemojax.model.attention import make_context
+from nemojax.model.block import apply_block, init_block
+from nemojax.model.cache import Cache, Window, init_cache, read, write
+from nemojax.model.llama import Compute, embed, head
+
+
+def stopwatch(dtype: str = "float32", repeats: int = 7) -> Prices:
+    """Prices measured here, with weights, activations and cache of `dtype`."""
+    device = jax.devices()[0]
+    source = (
+        f"measured on {device.device_kind} ({platform.machine()}, {platform.node()}), {dtype}, "
+        f"median of {repeats}, halves added"
+    )
+    return Prices(
+        lambda arch, part, sub, step: sub_ms(arch, part, sub, step, dtype, repeats),
+        lambda arch, step: outer_ms(arch, step, dtype, repeats),
+        source,
+    )
+
+
+def sub_ms(arch: ArchSpec, part: Part, sub: Sub, step: Step, dtype: str, repeats: int) -> float:
+    """Median milliseconds of one sub-block that is not a no-op."""
+    p = init_block(arch, part_spec(part, sub), jax.random.key(0), jnp.dtype(dtype))[part]
+    positions_BT = step.cached + _positions(step.batch, step.tokens)
+    h_BTD = jax.random.normal(jax.random.key(1), (*positions_BT.shape, arch.dim), dtype)
+    if not step.cached or not isinstance(sub, Attention):
+        segments_BT = jnp.ones_like(positions_BT)
+        return _median_ms(lambda: run_part(arch, part, sub, p, h_BTD, positions_BT, segments_BT), repeats)
+    one = arch.replace(blocks=(part_spec(part, sub),))
+    cache = init_cache(one, step.batch, step.cached + step.tokens, jnp.dtype(dtype), split=True)
+    return _median_ms(lambda: _cached(arch, part, sub, p, h_BTD, cache, positions_BT), repeats)
+
+
+def outer_ms(arch: ArchSpec, step: Step, dtype: str, repeats: int) -> float:
+    """Median milliseconds of embedding all tokens, and of final norm and head at each sequence's last."""
+    weight_VD = jax.random.normal(jax.random.key(0), (arch.vocab_size, arch.dim), dtype)
+    params: dict[str, Any] = {"embed": {"weight": weight_VD}, "norm": {"scale": jnp.ones(arch.dim, dtype)}}
+    if not arch.tie_embeddings:
+        params["head"] = {"weight": weight_VD + 0}
+    tokens_BT = _positions(step.batch, step.tokens) % arch.vocab_size
+    outer = arch.replace(blocks=())  # the same program for every child
+    return _median_ms(lambda: _outer(outer, dtype, params, tokens_BT), repeats)
+
+
+@partial(jax.jit, static_argnames=("arch", "dtype"))
+def _outer(arch: ArchSpec, dtype: Any, params: dict, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h_BTD = embed(params, tokens_BT, Compute(dtype=dtype))
+    return h_BTD, head(params, arch, h_BTD[:, -1:])
+
+
+@partial(jax.jit, static_argnames=("arch", "part", "sub"))
+def _cached(
+    arch: ArchSpec, part: Part, sub: Sub, p: dict, h_BTD: jax.Array, cache: Cache, positions_BT: jax.Array
+) -> jax.Array:
+    """Attention of new tokens over all that the cache holds."""
+    ctx = make_context(arch, positions_BT)
+    [[layer]] = cache.values()
+    rows, length = h_BTD.shape[0], layer["k"].shape[2]
+
+    def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new = write(layer, {"k": k_BTKH, "v": v_BTKH}, jnp.arange(rows), positions_BT)
+        return read(new, Window(cache, length), rows, h_BTD.dtype)
+
+    return apply_block(arch, part_spec(part, sub), {part: p}, h_BTD, ctx, update=update)
+
+
+def _positions(rows: int, length: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+
+
+def _median_ms(call: Callable[[], Any], repeats: int) -> float:
+    for _ in range(2):
+        jax.block_until_ready(call())
+    times = []
+    for _ in range(max(repeats, 1)):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
