@@ -1,42 +1,63 @@
 """Replace-one-block scores: how much the whole parent changes when one block becomes another.
 
 The layers are walked once and the parent's residual stream before each is kept; a replacement then costs its
-own block and the layers behind it. One program for each sub-block shape, one for each of the parent's runs
-(its layers indexed dynamically), one for the loss: their number does not grow with layers.
+own block and the layers behind it (Puzzle, arXiv 2411.19146, section 3). One program for each sub-block
+shape, one for each of the parent's runs (its layers indexed dynamically), one for the measures, which takes
+several replacements at once and makes the parent's logits once for all of them: the number of programs does
+not grow with layers. On a mesh, of one process or of many, every program runs over all of it: each device
+scores its rows of the batch and the sums are reduced.
 Legend: B batch, T tokens, D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from nemojax.arch import ArchSpec, BlockSpec
+from nemojax.arch import ArchSpec, BlockSpec, NoOp
 from nemojax.compress.library import Library
-from nemojax.compress.subblock import PARTS, Part, Sub, run_part, sub_of
+from nemojax.compress.measures import MEANINGS, Metric, Row, count, sums_of
+from nemojax.compress.subblock import PARTS, Part, Sub, kind_name, part_spec, run_part, sub_of
 from nemojax.config import field
-from nemojax.losses.tokens import kl_divergence, token_logps
+from nemojax.log import RunLog
 from nemojax.model.attention import make_context
-from nemojax.model.block import apply_block
+from nemojax.model.block import apply_block, block_axes
 from nemojax.model.layout import run_name
-from nemojax.model.llama import Compute, embed, final_norm, head_weight
+from nemojax.model.llama import Compute, embed
+from nemojax.sharding import is_primary, on_primary, place_batch, shardings_of, use_mesh
+from nemojax.stage import read_json, write_json
 
-Metric = Literal["kl", "lm_loss"]
+TOGETHER = 8  # replacements, at most, whose final streams are kept for one pass over the vocabulary
 
 
 @dataclass(frozen=True)
 class Scoring:
     """Replace-one-block scores."""
 
-    metric: Metric = field("kl", "mean-token KL(parent || changed) or rise of the LM loss, nats")
+    metric: Metric = field("kl", "what is searched for: kl, lm_loss, cosine, top1 or accuracy; low is good")
+    also: tuple[Metric, ...] = field((), "other metrics from the same pass, as further columns of the table")
     batches: int = field(2, "calibration batches to score on")
     chunk: int = field(0, "positions whose logits exist at once, a divisor of the length; 0: all")
+
+    def __post_init__(self):
+        for metric in self.metrics:
+            if metric not in MEANINGS:
+                raise ValueError(f"scoring: expected metrics of {', '.join(MEANINGS)}, got {metric!r}")
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All that are measured, the chosen one first."""
+        return tuple(dict.fromkeys((self.metric, *self.also)))
 
 
 def score(
@@ -44,52 +65,152 @@ def score(
     arch: ArchSpec,
     choices: Sequence[Sequence[BlockSpec]],
     library: Library,
-    batches: Sequence[dict],
+    batches: Sequence[Mapping[str, Any]],
     scoring: Scoring = Scoring(),
     *,
     compute: Compute = Compute(),
-    done: dict[int, list[float]] | None = None,
+    mesh: Mesh | None = None,
+    done: Mapping[int, Sequence[float]] | None = None,
     on_layer: Callable[[int, list[float]], None] | None = None,
 ) -> list[list[float]]:
-    """scores[layer][choice], nats per token; the parent's own block scores exactly 0.
+    """scores[layer][choice] of `scoring.metric`; the parent's own block scores exactly 0.
 
-    `done` holds layers scored before; `on_layer` is told each new one. ValueError for a non-finite score.
+    `done` and `on_layer` are as in `score_all`, of this one metric.
     """
-    walk = Walk(params, arch, batches, scoring, compute)
-    results: list[list[float]] = []
-    for layer, options in enumerate(choices):
-        scores = (done or {}).get(layer)
-        if scores is None:
-            scores = walk.score_layer(layer, options, library)
-            if bad := [option for option, s in zip(options, scores, strict=True) if not np.isfinite(s)]:
-                raise ValueError(f"layer {layer}: the score of {bad[0]} is not finite; lower bld.optim.lr")
-            if on_layer:
-                on_layer(layer, scores)
-        results.append(scores)
-        walk.advance(layer)
+    name = scoring.metric
+    one = Scoring(name, (), scoring.batches, scoring.chunk)
+    rows = score_all(
+        params,
+        arch,
+        choices,
+        library,
+        batches,
+        one,
+        compute=compute,
+        mesh=mesh,
+        done={layer: [{name: value} for value in row] for layer, row in (done or {}).items()},
+        on_layer=(lambda layer, row: on_layer(layer, [r[name] for r in row])) if on_layer else None,
+    )
+    return [[r[name] for r in row] for row in rows]
+
+
+def score_all(
+    params: dict,
+    arch: ArchSpec,
+    choices: Sequence[Sequence[BlockSpec]],
+    library: Library,
+    batches: Sequence[Mapping[str, Any]],
+    scoring: Scoring = Scoring(),
+    *,
+    compute: Compute = Compute(),
+    mesh: Mesh | None = None,
+    done: Mapping[int, Sequence[Row]] | None = None,
+    on_layer: Callable[[int, list[Row]], None] | None = None,
+) -> list[list[Row]]:
+    """rows[layer][choice] = {metric: score}, all metrics of `scoring` from one pass.
+
+    batches: packed ones with weights; on a mesh this process's rows of them, and `params` placed on it.
+    Means are over the weights; for `accuracy` over documents with a weight above 0: greedy decoding
+    reproduces a reference answer exactly if and only if every target of it is the likeliest token given
+    those before, so one pass measures it (see `measures.answer_batches`). `done` holds layers scored before;
+    `on_layer` is told each new one. ValueError for a score that is not finite.
+    """
+    results: list[list[Row]] = []
+    with use_mesh(mesh):
+        walk = Walk(params, arch, batches, scoring, compute, mesh)
+        for layer, options in enumerate(choices):
+            if done and layer in done:
+                row = [dict(r) for r in done[layer]]
+                _check_row(layer, row, len(options), scoring.metrics)
+            else:
+                row = walk.score_layer(layer, options, library)
+                _check_finite(layer, row, options)
+                if on_layer:
+                    on_layer(layer, row)
+            results.append(row)
+            if layer + 1 < len(choices):
+                walk.advance(layer)
     return results
+
+
+def score_into(
+    path: Path,
+    params: dict,
+    arch: ArchSpec,
+    choices: Sequence[Sequence[BlockSpec]],
+    library: Library,
+    batches: Sequence[Mapping[str, Any]],
+    scoring: Scoring = Scoring(),
+    *,
+    compute: Compute = Compute(),
+    mesh: Mesh | None = None,
+    quiet: bool = False,
+) -> list[list[Row]]:
+    """`score_all` whose layers are kept in the JSON file `path` as they come, and not scored again.
+
+    Progress is shown, and kept in the folder that is called as the file is without its ending.
+    """
+    rows: dict[str, list[Row]] = on_primary(lambda: read_json(path)) or {}
+    with ExitStack() as held:
+        log = None
+        if is_primary():
+            log = held.enter_context(RunLog(path.with_suffix(""), total_steps=len(choices), quiet=quiet))
+            log.truncate(len(rows))
+
+        def keep(layer: int, row: list[Row]) -> None:
+            rows[str(layer)] = row
+            if log is None:
+                return
+            write_json(path, rows)
+            values = [r[scoring.metric] for r in row]
+            log.write(
+                len(rows), {f"{scoring.metric}/least": min(values), f"{scoring.metric}/most": max(values)}
+            )
+
+        return score_all(
+            params,
+            arch,
+            choices,
+            library,
+            batches,
+            scoring,
+            compute=compute,
+            mesh=mesh,
+            done={int(layer): row for layer, row in rows.items()},
+            on_layer=keep,
+        )
 
 
 class Walk:
     """The parent's residual stream before the layer reached so far, for every calibration batch."""
 
     def __init__(
-        self, params: dict, arch: ArchSpec, batches: Sequence[dict], scoring: Scoring, compute: Compute
+        self,
+        params: dict,
+        arch: ArchSpec,
+        batches: Sequence[Mapping[str, Any]],
+        scoring: Scoring,
+        compute: Compute,
+        mesh: Mesh | None = None,
     ):
-        if not batches or not sum(float(np.sum(b["weights"])) for b in batches):
+        self.params, self.arch, self.scoring, self.mesh = params, arch, scoring, mesh
+        self.outer = {name: tree for name, tree in params.items() if name != "runs"}
+        names = ("tokens", "targets", "weights", "segments", "positions")
+        self.batches = [place_batch({n: np.asarray(batch[n]) for n in names}, mesh) for batch in batches]
+        counts = [count(batch["weights"], batch["segments"]) for batch in self.batches]
+        self.tokens = sum(float(tokens) for tokens, _ in counts)
+        self.documents = sum(float(documents) for _, documents in counts)
+        if not self.tokens:
             raise ValueError("scoring: expected calibration batches with target tokens, got none; add data")
-        self.params, self.arch, self.scoring = params, arch, scoring
-        self.batches = [{k: jnp.asarray(v) for k, v in batch.items()} for batch in batches]
-        self.total = sum(float(np.sum(batch["weights"])) for batch in batches)
         self.streams = [embed(params, batch["tokens"], compute) for batch in self.batches]
         self.parents = [
             self._behind(h, 0, batch) for h, batch in zip(self.streams, self.batches, strict=True)
         ]
-        self.base = 0.0
-        if scoring.metric == "lm_loss":
-            self.base = sum(
-                float(self._loss(h, h, b)) for h, b in zip(self.parents, self.batches, strict=True)
-            )
+        self.base: Row = dict.fromkeys(scoring.metrics, 0.0)
+        if {"lm_loss", "accuracy"} & self.base.keys():
+            each = [self._measure([h], h, batch) for h, batch in zip(self.parents, self.batches, strict=True)]
+            [means] = self._means([each])
+            self.base |= {name: means[name] for name in ("lm_loss", "accuracy") if name in means}
 
     def advance(self, layer: int) -> None:
         """Moves every stream through the parent's own block."""
@@ -100,28 +221,61 @@ class Walk:
                 self._run(part, sub, p, h, b) for h, b in zip(self.streams, self.batches, strict=True)
             ]
 
-    def score_layer(self, layer: int, options: Sequence[BlockSpec], library: Library) -> list[float]:
-        own = self._parent_weights(layer)
+    def score_layer(self, layer: int, options: Sequence[BlockSpec], library: Library) -> list[Row]:
+        """Scores of every option, in their order; 0 for the parent's own block."""
         block = self.arch.blocks[layer]
+        changed = [option for option in dict.fromkeys(options) if option != block]
+        # options with equal attention next to each other: what it gives is made once for all of them
+        attns = list(dict.fromkeys(option.attn for option in changed))
+        changed.sort(key=lambda option: attns.index(option.attn))
+        weights = self._weights(layer, changed, library)
+        groups = -(-len(changed) // TOGETHER)
+        size = -(-len(changed) // max(groups, 1))
+        sums: list[list[dict]] = [[] for _ in range(groups)]
+        for h, parent, batch in zip(self.streams, self.parents, self.batches, strict=True):
+            finals = self._finals(layer, changed, weights, h, batch)
+            for group in sums:
+                some = list(islice(finals, size))
+                # groups of one size, the last filled up, are one program
+                group.append(self._measure(some + [some[-1]] * (size - len(some)), parent, batch))
+        means = [row for group in sums for row in self._means([group])]
+        rows = dict(zip(changed, means, strict=False))
+        own: Row = dict.fromkeys(self.scoring.metrics, 0.0)
+        return [
+            own if option == block else {m: _relative(m, rows[option][m], self.base[m]) for m in own}
+            for option in options
+        ]
 
-        def weights(part: Part, sub: Sub) -> dict:
-            return own.get(part, {}) if sub == sub_of(block, part) else library.load(part, sub, layer)
+    def _finals(
+        self, layer: int, options: Sequence[BlockSpec], weights: Mapping, h_BTD: jax.Array, batch: dict
+    ) -> Iterator[jax.Array]:
+        """The final stream with each option in place of the layer."""
+        attn, mid_BTD = None, h_BTD
+        for option in options:
+            if option.attn != attn:
+                attn = option.attn
+                mid_BTD = self._run("attn", attn, weights["attn", attn], h_BTD, batch)
+            out_BTD = self._run("ffn", option.ffn, weights["ffn", option.ffn], mid_BTD, batch)
+            yield self._behind(out_BTD, layer + 1, batch)
 
-        sums: dict[BlockSpec, Any] = {option: -self.base for option in options}
-        for attn in dict.fromkeys(option.attn for option in options):
-            attn_weights = weights("attn", attn)
-            middles = [self._run("attn", attn, attn_weights, h, b) for h, b in self._pairs()]
-            for option in options:
-                if option.attn != attn or option == block:
-                    continue
-                ffn_weights = weights("ffn", option.ffn)
-                for mid, parent, batch in zip(middles, self.parents, self.batches, strict=True):
-                    out = self._run("ffn", option.ffn, ffn_weights, mid, batch)
-                    sums[option] += self._loss(self._behind(out, layer + 1, batch), parent, batch)
-        return [0.0 if option == block else float(sums[option]) / self.total for option in options]
+    def _weights(self, layer: int, options: Sequence[BlockSpec], library: Library) -> dict:
+        """{(part, sub-block): its weights on the devices} of everything that the options need."""
+        own, block = self._parent_weights(layer), self.arch.blocks[layer]
+        wanted: dict[tuple[Part, Sub], None] = dict.fromkeys(
+            (part, sub_of(option, part)) for part in PARTS for option in options
+        )
+        return {
+            (part, sub): own.get(part, {})
+            if sub == sub_of(block, part)
+            else self._place(part, sub, library.load(part, sub, layer))
+            for part, sub in wanted
+        }
 
-    def _pairs(self) -> list[tuple[jax.Array, dict]]:
-        return list(zip(self.streams, self.batches, strict=True))
+    def _place(self, part: Part, sub: Sub, weights: dict) -> dict:
+        if self.mesh is None or self.mesh.size == 1 or not weights:
+            return jax.tree.map(jnp.asarray, weights)
+        name, axes = kind_name(part, sub), block_axes(self.arch, part_spec(part, sub))[part]
+        return jax.device_put(weights, shardings_of({name: axes}, {name: weights}, self.mesh)[name])
 
     def _parent_weights(self, layer: int) -> dict:
         for index, run in enumerate(self.arch.runs()):
@@ -130,6 +284,8 @@ class Walk:
         return {}
 
     def _run(self, part: Part, sub: Sub, p: dict, h_BTD: jax.Array, batch: dict) -> jax.Array:
+        if isinstance(sub, NoOp):
+            return h_BTD
         return run_part(self.arch, part, sub, p, h_BTD, batch["positions"], batch["segments"])
 
     def _behind(self, h_BTD: jax.Array, start: int, batch: dict) -> jax.Array:
@@ -143,9 +299,51 @@ class Walk:
                 )
         return h_BTD
 
-    def _loss(self, h_BTD: jax.Array, parent_BTD: jax.Array, batch: dict) -> jax.Array:
-        outer = {k: v for k, v in self.params.items() if k != "runs"}
-        return _loss(self.arch, self.scoring, outer, h_BTD, parent_BTD, batch["targets"], batch["weights"])
+    def _measure(self, finals: Sequence[jax.Array], parent_BTD: jax.Array, batch: dict) -> dict:
+        answers = {name: batch[name] for name in ("targets", "weights", "segments")}
+        return sums_of(
+            self.arch,
+            self.scoring.metrics,
+            self.scoring.chunk,
+            self.outer,
+            tuple(finals),
+            parent_BTD,
+            answers,
+        )
+
+    def _means(self, groups: Sequence[Sequence[dict]]) -> list[Row]:
+        """Means over all batches, by replacement; the only place that waits for the devices."""
+        rows = []
+        for each in jax.device_get(groups):
+            totals = {m: np.sum([sums[m].astype(np.float64) for sums in each], axis=0) for m in each[0]}
+            count = {m: self.documents if m == "accuracy" else self.tokens for m in totals}
+            rows += [
+                {m: float(totals[m][k] / count[m]) for m in totals}
+                for k in range(len(totals[self.scoring.metric]))
+            ]
+        return rows
+
+
+def _relative(metric: str, value: float, base: float) -> float:
+    """Lower is better: how much worse than the parent."""
+    return base - value if metric == "accuracy" else value - base
+
+
+def _check_finite(layer: int, row: Sequence[Row], options: Sequence[BlockSpec]) -> None:
+    for option, scores in zip(options, row, strict=True):
+        if bad := [metric for metric, value in scores.items() if not np.isfinite(value)]:
+            raise ValueError(
+                f"layer {layer}: the {bad[0]} score of {option} is not finite; lower bld.optim.lr"
+            )
+
+
+def _check_row(layer: int, row: Sequence[Row], count: int, metrics: Sequence[str]) -> None:
+    got = sorted(row[0]) if row else []
+    if len(row) != count or any(set(metrics) - set(r) for r in row):
+        raise ValueError(
+            f"scores: layer {layer}: expected {', '.join(metrics)} of {count} choices, got "
+            f"{', '.join(got) or 'nothing'} of {len(row)}; delete the stored scores and run again"
+        )
 
 
 @jax.jit
@@ -171,25 +369,3 @@ def _suffix(
         return apply_block(arch, spec, p, h, ctx)
 
     return jax.lax.fori_loop(first, jax.tree.leaves(stacked)[0].shape[0], body, h_BTD)
-
-
-@partial(jax.jit, static_argnames=("arch", "scoring"))
-def _loss(
-    arch: ArchSpec,
-    scoring: Scoring,
-    outer: dict,
-    h_BTD: jax.Array,
-    parent_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-) -> jax.Array:
-    """Sum over weighted tokens of the metric."""
-    w_VD = head_weight(outer)
-    x_BTD = final_norm(outer, arch, h_BTD)
-    match scoring.metric:
-        case "kl":
-            teacher_BTD = final_norm(outer, arch, parent_BTD)
-            per_token = kl_divergence(x_BTD, w_VD, teacher_BTD, w_VD, chunk=scoring.chunk)
-        case "lm_loss":
-            per_token = -token_logps(x_BTD, w_VD, targets_BT, chunk=scoring.chunk)[0]
-    return jnp.sum(per_token * weights_BT)

@@ -1,0 +1,284 @@
+"""Scores: every metric against whole models, on every kind of parent, on devices, resumed, and counted."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
+from nemojax.compress import importance
+from nemojax.compress import library as lib
+from nemojax.compress.assemble import assemble, child_arch
+from nemojax.compress.measures import MEANINGS, answer_batches
+from nemojax.compress.score import TOGETHER, Scoring, score, score_all, score_into
+from nemojax.data.problems import make_problems
+from nemojax.data.tokenizer import train_tokenizer
+from nemojax.model.llama import final_norm, head_weight, hidden, init_params, param_shardings
+from nemojax.sharding import MeshConfig, make_mesh
+from tests.compress.tiny import ARCH, batches
+
+FULL = ARCH.blocks[0]
+EVERY = tuple(MEANINGS)
+MIXED = ARCH.replace(
+    vocab_size=64,
+    blocks=(
+        BlockSpec(NoOp(), SwiGLU(48)),
+        FULL,
+        BlockSpec(NoOp(), NoOp()),
+        BlockSpec(Attention(4, window=5), SwiGLU(32)),
+        BlockSpec(Linear(), Linear()),
+        FULL,
+    ),
+)
+TIED = MIXED.replace(tie_embeddings=True, blocks=(MIXED.blocks[1], MIXED.blocks[3]))
+
+
+def options_of(arch: ArchSpec) -> list[tuple[BlockSpec, ...]]:
+    """The parent's block, then smaller ones of every kind."""
+    rows = []
+    for block in arch.blocks:
+        attns = [block.attn] + [Attention(1)] * isinstance(block.attn, Attention) + [NoOp()]
+        ffns = [block.ffn] + [SwiGLU(16), Linear()] * isinstance(block.ffn, SwiGLU) + [NoOp()]
+        rows.append(tuple(dict.fromkeys(BlockSpec(a, f) for a in attns for f in ffns)))
+    return rows
+
+
+def made(arch: ArchSpec, dir, options=None) -> tuple[dict, lib.Library]:
+    """A random parent and a library of first weights."""
+    params = init_params(arch, jax.random.key(0))
+    ranks = importance.measure(params, arch, [], "magnitude")
+    kinds = lib.kinds_of(options or options_of(arch), arch)
+    return params, lib.build(params, arch, kinds, ranks, lambda: iter([]), lib.Bld(steps=0), dir)
+
+
+def forward(params, arch, batch):
+    """(final hidden states, log-probabilities), op by op: cheaper than a program for each child."""
+    with jax.disable_jit():
+        x_BTD = final_norm(params, arch, hidden(params, arch, batch)[0])
+        return x_BTD, jax.nn.log_softmax(x_BTD @ head_weight(params).T)
+
+
+def by_hand(parent, arch, weights, child, data) -> dict[str, float]:
+    """The metrics as they are defined, in numpy, from two whole models."""
+    sums, tokens, documents = dict.fromkeys(EVERY, 0.0), 0.0, 0
+    for batch in data:
+        (t, tp), (s, sp) = (
+            [np.asarray(a, np.float64) for a in forward(p, a, batch)]
+            for p, a in ((parent, arch), (weights, child))
+        )
+        w, targets = batch["weights"], batch["targets"]
+        cosine = (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
+        rise = np.take_along_axis(tp - sp, targets[..., None], -1)[..., 0]
+        sums["kl"] += ((np.exp(tp) * (tp - sp)).sum(-1) * w).sum()
+        sums["lm_loss"] += (rise * w).sum()
+        sums["cosine"] += ((1 - cosine) * w).sum()
+        sums["top1"] += ((tp.argmax(-1) != sp.argmax(-1)) * w).sum()
+        for row in range(len(w)):
+            for segment in range(1, batch["segments"].max() + 1):
+                here = (batch["segments"][row] == segment) & (w[row] > 0)
+                if here.any():
+                    documents += 1
+                    right = [(p[row].argmax(-1) == targets[row])[here].all() for p in (tp, sp)]
+                    sums["accuracy"] += float(right[0]) - float(right[1])
+        tokens += w.sum()
+    return {m: v / (documents if m == "accuracy" else tokens) for m, v in sums.items()}
+
+
+def easy_batches(params, arch, count: int) -> list[dict]:
+    """Batches whose targets are often what the parent says, and whose documents have few of them."""
+    out = []
+    for batch in batches(count, seed=3):
+        says = np.asarray(forward(params, arch, batch)[1]).argmax(-1).astype(np.int32)
+        rng = np.random.default_rng(len(out))
+        keep = rng.random(says.shape) < 0.9
+        weights = batch["weights"] * (rng.random(says.shape) < 0.3)
+        out.append({**batch, "targets": np.where(keep, says, batch["targets"]), "weights": weights})
+    return out
+
+
+@pytest.mark.parametrize("arch", [MIXED, TIED], ids=["mixed", "tied"])
+def test_every_metric_equals_whole_model_replacement(arch, tmp_path):
+    params, library = made(arch, tmp_path)
+    options, data = options_of(arch), easy_batches(params, arch, 2)
+    got = score_all(params, arch, options, library, data, Scoring("cosine", EVERY))
+    seen: dict[str, set] = {metric: set() for metric in EVERY}
+    for layer, row in enumerate(options):
+        assert got[layer][0] == dict.fromkeys(EVERY, 0.0) and len(got[layer]) == len(row)
+        for choice, values in list(zip(row, got[layer], strict=True))[1::3]:
+            child = child_arch(arch, (*arch.blocks[:layer], choice, *arch.blocks[layer + 1 :]))
+            want = by_hand(params, arch, assemble(params, arch, child, library), child, data)
+            assert values == pytest.approx(want, abs=1e-5), (layer, choice)
+            for metric, value in values.items():
+                seen[metric].add(round(value, 4))
+    assert all(len(values) > 2 for values in seen.values()), seen
+
+
+def test_chunks_and_a_single_metric_change_nothing(tmp_path):
+    params, library = made(TIED, tmp_path)
+    options, data = options_of(TIED), easy_batches(params, TIED, 1)
+    whole = score_all(params, TIED, options, library, data, Scoring("kl", EVERY))
+    pieces = score_all(params, TIED, options, library, data, Scoring("kl", EVERY, chunk=4))
+    assert [[pytest.approx(r, abs=1e-6) for r in row] for row in whole] == pieces
+    for metric in EVERY:
+        one = score(params, TIED, options, library, data, Scoring(metric))
+        assert one == [[pytest.approx(r[metric], abs=1e-6) for r in row] for row in whole]
+
+
+def test_accuracy_is_that_of_greedy_decoding(tmp_path):
+    """Documents are a prompt and what the parent says to it; the replaced model decodes by itself."""
+    params, library = made(TIED, tmp_path)
+    rng, rows, prompt, new = np.random.default_rng(0), 24, 5, 3
+    prompts = rng.integers(0, 64, (rows, prompt))
+
+    def decode(weights, arch):
+        text = np.concatenate([prompts, np.zeros((rows, new), int)], axis=1)
+        for i in range(prompt, prompt + new):
+            text[:, i] = np.asarray(forward(weights, arch, {"tokens": text})[1])[:, i - 1].argmax(-1)
+        return text
+
+    reference = decode(params, TIED)
+    shape = (rows, prompt + new - 1)
+    batch = {
+        "tokens": reference[:, :-1],
+        "targets": reference[:, 1:],
+        "segments": np.ones(shape, np.int32),
+        "positions": np.tile(np.arange(shape[1], dtype=np.int32), (rows, 1)),
+        "weights": np.tile((np.arange(shape[1]) >= prompt - 1).astype(np.float32), (rows, 1)),
+    }
+    options = [(TIED.blocks[0],), options_of(TIED)[1]]
+    got = score(params, TIED, options, library, [batch], Scoring("accuracy"))
+    want = []
+    for choice in options[1]:
+        child = child_arch(TIED, (TIED.blocks[0], choice))
+        text = decode(assemble(params, TIED, child, library), child)
+        want.append(1 - (text == reference).all(-1).mean())
+    assert got[1] == pytest.approx(want) and 0 < min(want[1:]) < max(want) <= 1
+
+
+def compiled(call) -> int:
+    """Programs that XLA compiles during a call."""
+    count = 0
+
+    def listen(event: str, *_, **__) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return count
+
+
+def test_programs_do_not_grow_with_layers(tmp_path):
+    counts = {}
+    for times in (2, 5):
+        # a vocabulary of its own, so that no program is there already
+        arch = ARCH.replace(vocab_size=61 + times, blocks=(FULL, BlockSpec(NoOp(), SwiGLU(48))) * times)
+        options = options_of(arch)
+        params, library = made(arch, tmp_path / str(times))
+        data = [{**b, "tokens": b["tokens"] % 61, "targets": b["targets"] % 61} for b in batches(2)]
+        counts[times] = compiled(
+            lambda a=arch, p=params, o=options, lb=library, d=data: score(p, a, o, lb, d)
+        )
+    assert 5 < counts[2] == counts[5]
+
+
+def test_a_mesh_of_eight_devices_equals_one(tmp_path):
+    params, library = made(MIXED, tmp_path)
+    options, data = options_of(MIXED), easy_batches(params, MIXED, 2)
+    one = score_all(params, MIXED, options, library, data, Scoring("kl", EVERY))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(params, param_shardings(MIXED, mesh))
+    eight = score_all(placed, MIXED, options, library, data, Scoring("kl", EVERY), mesh=mesh)
+    for a, b in zip(one, eight, strict=True):
+        assert [pytest.approx(r, abs=1e-5) for r in a] == b
+    with pytest.raises(ValueError, match="ffn-ffn15/.*mlp = 15 does not divide over tensor = 2"):
+        odd = [(b, BlockSpec(NoOp(), SwiGLU(15))) for b in MIXED.blocks[:1]]
+        _, library = made(MIXED, tmp_path / "odd", odd)
+        score_all(placed, MIXED, odd, library, data, mesh=mesh)
+
+
+def test_more_replacements_than_go_together(tmp_path):
+    widths = [BlockSpec(FULL.attn, SwiGLU(w)) for w in range(4, 4 + 2 * TOGETHER + 1)]
+    arch = TIED.replace(blocks=(FULL,))
+    params, library = made(arch, tmp_path, [widths])
+    data = batches(1)
+    together = score(params, arch, [[FULL, *widths, widths[0]]], library, data)
+    alone = [score(params, arch, [[w]], library, data)[0][0] for w in (widths[0], widths[-1])]
+    assert [together[0][1], together[0][-2]] == pytest.approx(alone, abs=1e-6)
+    assert together[0][-1] == together[0][1] and len(set(together[0])) == len(widths) + 1
+
+
+def test_scores_on_disk_are_resumed_by_layer(tmp_path, capfd):
+    params, library = made(TIED, tmp_path / "library")
+    options, data, path = options_of(TIED), batches(1), tmp_path / "scores.json"
+    config = Scoring("kl", ("top1",))
+    full = score_into(path, params, TIED, options, library, data, config)
+    shown = capfd.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["scores 1/2", "scores 2/2"] and "kl/most" in shown[0]
+    stored = json.loads(path.read_text())
+    assert [stored["0"], stored["1"]] == full and set(full[0][1]) == {"kl", "top1"}
+    stored["0"][1]["kl"] = 7.0
+    del stored["1"]
+    path.write_text(json.dumps(stored))
+    again = score_into(path, params, TIED, options, library, data, config)
+    assert again[0][1]["kl"] == 7.0 and again[1] == full[1]
+    assert len((tmp_path / "scores" / "metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(
+        ValueError, match="layer 0: expected cosine of 12 choices, got kl, top1 of 12; delete"
+    ):
+        score_into(path, params, TIED, options, library, data, Scoring("cosine"))
+    with pytest.raises(ValueError, match="layer 0: expected kl, top1 of 2 choices, got kl, top1 of 12"):
+        score_into(path, params, TIED, [row[:2] for row in options], library, data, config)
+
+
+@pytest.mark.parametrize("metric", EVERY)
+def test_a_score_that_is_not_finite_names_layer_and_metric(metric, tmp_path):
+    arch = TIED.replace(blocks=(FULL, FULL))
+    params, library = made(arch, tmp_path)
+    broken = library.load("ffn", SwiGLU(16), 1)
+    broken["down"][0] = np.nan
+    library.save("ffn", SwiGLU(16), 1, broken, np.zeros(0))
+    options = [(FULL, BlockSpec(NoOp(), FULL.ffn), BlockSpec(FULL.attn, SwiGLU(16)))] * 2
+    with pytest.raises(ValueError, match=rf"layer 1: the {metric} score of .*width=16.* is not finite"):
+        score(params, arch, options, library, batches(1), Scoring(metric))
+
+
+def test_bad_input(tmp_path):
+    params, library = made(TIED, tmp_path)
+    silent = [{**batches(1)[0], "weights": np.zeros((4, 16), np.float32)}]
+    for data in ([], silent):
+        with pytest.raises(ValueError, match="scoring: expected calibration batches with target tokens"):
+            score(params, TIED, options_of(TIED), library, data)
+    with pytest.raises(
+        ValueError, match="expected metrics of kl, lm_loss, cosine, top1, accuracy, got 'mse'"
+    ):
+        Scoring("mse")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_only_answers_carry_weight(form, tmp_path):
+    problems = make_problems("sum2", 5, 0, "train")
+    tokenizer = train_tokenizer([p.prompt for p in problems] * 20, 320, tmp_path)
+    [batch] = answer_batches(problems, tokenizer, batch_size=4, length=160, form=form)
+    asked = {}
+    for row in range(4):
+        for segment in range(1, batch["segments"][row].max() + 1):
+            here = (batch["segments"][row] == segment) & (batch["weights"][row] > 0)
+            ids = batch["targets"][row][here]
+            assert ids[-1] in tokenizer.special_ids
+            question = tokenizer.decode(batch["tokens"][row][batch["segments"][row] == segment])
+            asked[next(p for p in problems if p.prompt in question)] = tokenizer.decode(ids).strip()
+    assert asked == {problem: problem.answer for problem in problems}
+    halves = [
+        answer_batches(
+            problems, tokenizer, batch_size=4, length=160, form=form, process_index=i, process_count=2
+        )[0]
+        for i in (0, 1)
+    ]
+    assert np.array_equal(halves[1]["tokens"], batch["tokens"][1::2]) and len(halves[0]["tokens"]) == 2
