@@ -8,8 +8,8 @@ The parent learns from the Python language reference (40% of its tokens) and fro
 short ones (`spell`) and long ones (`spell_long`). The child keeps under half of the parent's block
 parameters. SFT sees few long words; GRPO then practises them, thinking and not.
 
-Measured with the first two commands and seed=2 (Python 3.11.7, jax 0.10.2, 2 cores). The default seed had
-the machine to itself and took 382 s in all; the other two ran beside each other, 496 and 515 s:
+Measured with the first two commands and seed=2 (Python 3.11.7, jax 0.10.2, 2 cores; seed 1 took 352 s in all
+beside other work):
 
     seed                                           0             1             2
     child / parent, block parameters           40.0%         40.0%         40.0%
@@ -18,15 +18,14 @@ the machine to itself and took 382 s in all; the other two ran beside each other
       distilled (gap closed)             1.484 (93%)   1.481 (93%)   1.455 (92%)
       LM loss alone, equal tokens       1.461 (102%)  1.455 (102%)   1.440 (97%)
     spell, pass@1 of 512 after SFT, on / off, %
-                                         99.6 / 99.2   99.4 / 99.4   99.8 / 99.6
-      after GRPO                         99.2 / 96.3   97.9 / 96.9   98.8 / 95.9
-    spell_long, 512 prompts, on and off; SFT, %  73.6, 67.8    84.4, 75.6    90.0, 75.4
-      after GRPO                          84.0, 80.7    89.8, 81.1    92.6, 81.4
-      paired gain, points, 95%       11.6 [8.9,14.3] 5.5 [2.9,8.1]  4.3 [2.1,6.5]
+                                         99.8 / 99.2   99.4 / 99.4  100.0 / 99.6
+      after GRPO                         99.0 / 92.8   98.0 / 98.2   99.6 / 95.9
+    spell_long, 512 prompts, on and off; SFT, %  75.2, 67.8    84.8, 75.6    90.2, 75.4
+      after GRPO                          84.0, 76.8    91.8, 82.4    91.4, 82.2
+      paired gain, points, 95%        8.2 [5.3,11.0] 6.8 [4.7,9.1]  3.8 [1.4,6.3]
 
 The commonest answer would score 0.2%. At this size the LM loss alone heals better than the parent does, and
-what GRPO does not practise (`spell`) loses 0.4 to 3.7 points. Decoding, default seed, batch 16, f32: parent
-16,300 tokens/s, child 22,700 (the same architecture measured 24,900 to 27,600 as later models).
+what GRPO does not practise (`spell`) loses 0.4 to 6.4 points. Decoding, batch 16, f32: see the README.
 """
 
 from ml_collections import ConfigDict
