@@ -33,14 +33,10 @@ class Scenario:
 
     def __post_init__(self):
         if not self.name.isidentifier() or self.name in TAKEN:
-            raise ValueError(
-                f"cost.scenarios: name: expected a word other than {', '.join(TAKEN)}, got {self.name!r}"
-            )
+            raise ValueError(f"name: expected a word other than {', '.join(TAKEN)}, got {self.name!r}")
         for name in ("batch", "input", "output"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"cost.scenarios: {self.name}: {name}: expected at least 1, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     @property
     def tokens(self) -> int:
@@ -65,10 +61,10 @@ class CostConfig:
     def __post_init__(self):
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) < len(names):
-            raise ValueError(f"cost.scenarios: expected different names, got {', '.join(names)}")
+            raise ValueError(f"scenarios: expected different names, got {', '.join(names)}")
         for name in ("batch", "context", "timing_batch", "timing_length", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"cost.{name}: expected at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def without_times(self) -> CostConfig:
         """The costs that follow from the architecture alone, at once."""
@@ -136,7 +132,7 @@ def times(config: CostConfig) -> dict[str, list[tuple[Step, float]]]:
 
 
 def tokens_of(config: CostConfig) -> dict[str, float]:
-    """{column of ms: tokens processed in it}, for a table: what rates such as NAME_tokens_per_s follow from."""
+    """{column of ms: tokens processed in it}, for a table: rates such as NAME_tokens_per_s follow from it."""
     batch, length = config.timing_batch, config.timing_length
     known = {"prefill": batch * length, "decode": batch}
     tokens = {f"{timing}_ms": known[timing] for timing in config.timings}

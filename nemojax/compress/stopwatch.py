@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention
 from nemojax.compress.cost import Prices, Step
-from nemojax.compress.subblock import Part, Sub, apply_part, part_spec, run_part
+from nemojax.compress.subblock import Part, Sub, part_spec, run_part
 from nemojax.model.attention import make_context
 from nemojax.model.block import apply_block, init_block
 from nemojax.model.cache import Cache, Window, init_cache, read, write

@@ -10,7 +10,8 @@ import pytest
 from nemojax.arch import Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.compress import importance
 from nemojax.compress.importance import Importance
-from nemojax.compress.space import Space, choices, init_sub
+from nemojax.compress.pattern import layers_in
+from nemojax.compress.space import Space, choice_name, choices, init_sub
 from nemojax.compress.subblock import PARTS, apply_part, layers_of, sub_of
 from nemojax.model.attention import make_context
 from tests.compress.tiny import ARCH, SPACE, batches, parent
@@ -36,10 +37,108 @@ def test_widths_are_rounded_and_never_repeat():
 
 
 def test_bad_spaces():
-    with pytest.raises(ValueError, match="layer 0: expected a divisor of its 2 KV heads, got 0"):
-        choices(Space(kv_heads=(0,)), ARCH)
-    with pytest.raises(ValueError, match="ffn_ratios"):
+    with pytest.raises(ValueError, match="kv_heads: expected positive numbers of KV heads, got 0"):
+        Space(kv_heads=(0,))
+    with pytest.raises(ValueError, match="ffn_ratios: expected fractions between 0 and 1, got 1.5"):
         Space(ffn_ratios=(1.5,))
+    with pytest.raises(ValueError, match="multiple: expected a positive number of channels, got 0"):
+        Space(multiple=0)
+    with pytest.raises(
+        ValueError, match="expected one that leaves a width below the parent's 48 channels, got 256"
+    ):
+        choices(Space(), ARCH)
+    six = ARCH.replace(num_heads=6, blocks=(BlockSpec(Attention(6), SwiGLU(48)),) * 2)
+    with pytest.raises(
+        ValueError, match="kv_heads: expected a divisor of the 6 KV heads of some layer, got 4"
+    ):
+        choices(Space(kv_heads=(4, 2), multiple=8), six)
+    with pytest.raises(ValueError, match="layers '3': expected ascending layers of 0-2, got '3'"):
+        choices(Space(multiple=8, attn_layers="3"), ARCH)
+    with pytest.raises(ValueError, match="rule 'all:kv9.': expected a glob of choice names, got no match"):
+        choices(Space(multiple=8, exclude=("all:kv9*",)), ARCH)
+
+
+MIXED = ARCH.replace(
+    num_heads=8,
+    blocks=(
+        BlockSpec(Attention(8), SwiGLU(48)),
+        BlockSpec(Attention(4, 16), SwiGLU(16)),
+        BlockSpec(Linear(), SwiGLU(24)),
+        BlockSpec(NoOp(), Linear()),
+        BlockSpec(NoOp(), NoOp()),
+        BlockSpec(Attention(1), SwiGLU(8)),
+    ),
+)
+
+
+def test_a_child_is_a_parent_again():
+    """Every layer becomes only what it can: what does not suit a narrow one still serves a wide one."""
+    space = Space(kv_heads=(16, 8, 4, 2), attn_linear=True, ffn_ratios=(0.5,), ffn_linear=True, multiple=8)
+    names = [[choice_name(block) for block in row] for row in choices(space, MIXED)]
+    attns = [list(dict.fromkeys(name.split("+")[0] for name in row)) for row in names]
+    ffns = [list(dict.fromkeys(name.split("+")[1] for name in row)) for row in names]
+    assert attns == [
+        ["kv8", "kv4", "kv2", "linear", "-"],
+        ["kv4/w16", "kv2/w16", "linear", "-"],
+        ["linear", "-"],
+        ["-"],
+        ["-"],
+        ["kv1", "linear", "-"],
+    ]
+    assert ffns == [
+        ["ffn48", "ffn24", "linear", "-"],
+        ["ffn16", "ffn8", "linear", "-"],
+        ["ffn24", "ffn16", "linear", "-"],
+        ["linear", "-"],
+        ["-"],
+        ["ffn8", "linear", "-"],
+    ]
+    assert [row[0] for row in choices(space, MIXED)] == list(MIXED.blocks)
+    three = MIXED.replace(num_heads=24, blocks=(BlockSpec(Attention(6), SwiGLU(48)), *MIXED.blocks))
+    kept = [
+        {c.attn.num_kv_heads for c in row if isinstance(c.attn, Attention)}
+        for row in choices(Space(kv_heads=(3, 4), multiple=8), three)
+    ]
+    assert kept[:3] == [{6, 3}, {8, 4}, {4}]
+    with pytest.raises(ValueError, match="expected a divisor of the 6 or 8 KV heads of some layer, got 5"):
+        choices(Space(kv_heads=(5,), multiple=8), three)
+
+
+def test_layers_by_pattern():
+    space = Space(kv_heads=(1,), ffn_ratios=(0.5,), multiple=8, attn_layers="1-", ffn_layers="0,2")
+    rows = [{choice_name(block) for block in row} for row in choices(space, ARCH)]
+    assert rows[0] == {"kv2+ffn48", "kv2+ffn24", "kv2+-"}
+    assert rows[1] == {"kv2+ffn48", "kv1+ffn48", "-+ffn48"}
+    assert len(rows[2]) == 9
+    none = choices(Space(kv_heads=(1,), multiple=256, attn_layers="none", ffn_layers="none"), ARCH)
+    assert none == tuple((block,) for block in ARCH.blocks)
+    space = Space(kv_heads=(1,), ffn_ratios=(0.5,), multiple=8, exclude=("0:-+*", "0-1:*+-", "-2:kv2+ffn48"))
+    rows = [[choice_name(block) for block in row] for row in choices(space, ARCH)]
+    assert rows[0] == ["kv2+ffn48", "kv2+ffn24", "kv1+ffn48", "kv1+ffn24"]  # the parent's own stays
+    assert len(rows[1]) == 6 and len(rows[2]) == 9
+
+
+@pytest.mark.parametrize(
+    "pattern, layers",
+    [
+        ("all", (0, 1, 2, 3, 4, 5)),
+        ("none", ()),
+        ("3", (3,)),
+        ("1-3", (1, 2, 3)),
+        ("0, 2, 4-", (0, 2, 4, 5)),
+        ("-2", (0, 1, 2)),
+        ("4-5,0-1,1", (0, 1, 4, 5)),
+        ("5 - 5", (5,)),
+    ],
+)
+def test_patterns(pattern, layers):
+    assert layers_in(pattern, 6) == layers
+
+
+@pytest.mark.parametrize("pattern", ["", "-", "6", "2-6", "4-2", "a", "1,,2", "1-2-3", "--1", "1.5"])
+def test_bad_patterns(pattern):
+    with pytest.raises(ValueError, match="expected all, none, or a list|expected ascending layers of 0-5"):
+        layers_in(pattern, 6)
 
 
 def test_full_size_is_the_parent_bitwise():
