@@ -97,6 +97,48 @@ def tradeoff(points: Mapping[str, Point], *, title: str, xlabel: str, ylabel: st
     return _svg(figure, title)
 
 
+def heat_map(
+    matrix: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    scale: str = "",
+    top: float | None = None,
+) -> str:
+    """A square matrix, the darker the larger; a cell that is not a number stays empty.
+
+    labels: of both axes. scale: what the numbers are. top: the darkest number; None takes the largest.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    figure, axes = _figure(0.85 * _WIDTH)
+    # from nothing to full, not from white: the page behind may be dark
+    shades = LinearSegmentedColormap.from_list("shades", [(*to_rgb(ATTENTION), a) for a in (0.04, 1.0)], N=32)
+    known = [value for row in matrix for value in row if math.isfinite(value)]
+    most = top if top is not None else max(known, default=0.0)
+    cells = [[value if math.isfinite(value) else math.nan for value in row] for row in matrix]
+    if cells:
+        drawn = axes.pcolormesh(cells, cmap=shades, vmin=0.0, vmax=most or 1.0)
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
+        bar.set_label(_plain(scale), color=_INK)
+        bar.ax.tick_params(colors=_INK, labelsize=8)
+        bar.outline.set_visible(False)
+    every = max(1, -(-len(labels) // 30))
+    ticks = [n + 0.5 for n in range(0, len(labels), every)]
+    shown = [_plain(label) for label in labels[::every]]
+    axes.set_xticks(ticks, shown)
+    axes.set_yticks(ticks, shown)
+    axes.set_xlim(0, max(len(labels), 1))
+    axes.set_ylim(max(len(labels), 1), 0)
+    axes.set_aspect("equal")
+    axes.grid(False)
+    axes.set_xlabel(_plain(xlabel))
+    axes.set_ylabel(_plain(ylabel))
+    return _svg(figure, title)
+
+
 def grouped_bars(
     values: Mapping[str, Mapping[str, tuple[float, float, float]]],
     *,
