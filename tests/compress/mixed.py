@@ -32,11 +32,16 @@ MIXED = ArchSpec(
 TIED = MIXED.replace(tie_embeddings=True)
 
 
-def mixed_parent(arch: ArchSpec = MIXED, seed: int = 0) -> dict:
+@functools.cache
+def mixed_parent(arch: ArchSpec = MIXED) -> dict:
     """Random weights, norms included, so that nothing is equal by chance."""
-    params = init_params(arch, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return _random(arch, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random(arch: ArchSpec, key: jax.Array) -> dict:
+    leaves, tree = jax.tree.flatten(init_params(arch, key))
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
     noisy = [w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(tree, noisy)
 

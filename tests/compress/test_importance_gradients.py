@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ DATA = batches(2, seed=3)
 gradient = jax.jit(jax.grad(loss_sum), static_argnums=1)
 
 
-def by_hand(values: dict, arch, layer: int) -> dict[str, np.ndarray]:
+def by_hand(values: dict, arch, layer: int) -> dict[str, Any]:
     """Sums of one value a weight over the structures of a layer with attention and SwiGLU."""
     block = values["layers"][str(layer)]
     attn, ffn = block["attn"], block["ffn"]
@@ -69,6 +71,7 @@ def test_first_order_is_the_sum_of_weight_times_gradient(arch):
         np.testing.assert_allclose(got.ffn[layer], want["ffn"], rtol=1e-3)
         np.testing.assert_allclose(got.kv[layer], want["kv"], rtol=1e-3)
         assert got.depth[layer] == pytest.approx(want["depth"], rel=1e-3)
+    assert got.embed is not None
     np.testing.assert_allclose(got.embed, embed_by_hand(values, arch.dim), rtol=1e-3)
     assert set(got.ffn) == set(got.kv) == {0, 1, 3} and set(got.depth) == {0, 1, 3, 4, 5}
 
@@ -150,6 +153,7 @@ def test_magnitude_is_the_norm_of_each_structure(arch):
         np.testing.assert_allclose(got.ffn[layer], np.sqrt(want["ffn"]), rtol=1e-5)
         np.testing.assert_allclose(got.kv[layer], np.sqrt(want["kv"]), rtol=1e-5)
         assert got.depth[layer] == pytest.approx(np.sqrt(want["depth"]), rel=1e-5)
+    assert got.embed is not None
     np.testing.assert_allclose(got.embed, np.sqrt(embed_by_hand(squares, arch.dim)), rtol=1e-5)
 
 
