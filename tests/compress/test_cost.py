@@ -34,7 +34,8 @@ def totals(arch: ArchSpec, config: CostConfig) -> tuple[float, float]:
     """(parameters, MiB) of a model: its blocks and what is outside them."""
     costs = block_costs(arch, [[block] for block in arch.blocks], config)
     fixed = fixed_costs(arch, config)
-    return tuple(sum(costs[b][n] for b in arch.blocks) + fixed[n] for n in ("params", "memory_mib"))
+    params, mib = (sum(costs[b][n] for b in arch.blocks) + fixed[n] for n in ("params", "memory_mib"))
+    return params, mib
 
 
 @pytest.mark.parametrize(
