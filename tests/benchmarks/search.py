@@ -8,8 +8,8 @@ differ in how sensitive they are, smaller blocks score worse, no-ops worst. Medi
 are printed, with what was found; there are three bounds at once, shares of what the parent costs: one on
 memory, and one on the runtime of each of two scenarios.
 
-With --only=mip --repeats=5, on one of two shared cores: 0.62, 1.23 and 0.98 CPU seconds to the proven optimum at
-0.9, 0.7 and 0.5 of the parent.
+With --only=mip --repeats=5, on one of two shared cores: 0.62, 1.23 and 0.98 CPU seconds to the proven
+optimum at 0.9, 0.7 and 0.5 of the parent.
 """
 
 import argparse
