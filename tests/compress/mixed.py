@@ -11,7 +11,8 @@ import numpy as np
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.losses.tokens import token_logps
 from nemojax.model.layout import stack, unstack
-from nemojax.model.llama import final_norm, head_weight, hidden, init_params
+from nemojax.model.llama import abstract_params, final_norm, head_weight, hidden
+from nemojax.tree import from_paths, paths
 
 MIXED = ArchSpec(
     vocab_size=64,
@@ -34,16 +35,15 @@ TIED = MIXED.replace(tie_embeddings=True)
 
 @functools.cache
 def mixed_parent(arch: ArchSpec = MIXED) -> dict:
-    """Random weights, norms included, so that nothing is equal by chance."""
-    return _random(arch, jax.random.key(0))
+    """Random weights, norms included, so that nothing is equal by chance; numpy compiles nothing."""
+    rng = np.random.default_rng(0)
 
+    def weight(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        scale = 0.1 if path.endswith(("norm", "scale", "embed/weight")) else 0.25
+        mean = 1.0 if path.endswith(("norm", "scale")) else 0.0
+        return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), jnp.float32)
 
-@functools.partial(jax.jit, static_argnums=0)
-def _random(arch: ArchSpec, key: jax.Array) -> dict:
-    leaves, tree = jax.tree.flatten(init_params(arch, key))
-    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-    noisy = [w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    return from_paths({path: weight(path, leaf) for path, leaf in paths(abstract_params(arch)).items()})
 
 
 def change(params: dict, arch: ArchSpec, edit) -> dict:
