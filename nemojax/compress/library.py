@@ -1,123 +1,73 @@
-"""The library: every sub-block a layer may become, trained to do what the parent's did there.
+"""The library: every sub-block or block a layer may become, trained to do what the parent's did there.
 
-Blockwise local distillation (Puzzle, arXiv 2411.19146, section 3), decoupled: an attention variant is trained
-in front of the parent's frozen feed-forward, a feed-forward variant behind the parent's attention, from the
-parent's own activations. All layers' variants of a kind are stacked and trained by one program from one
-parent forward; clipping, step and non-finite handling are per variant, so a stack changes nothing.
-Legend: B batch, T tokens, D model, L layers in a stack.
+`build` trains what is missing by blockwise local distillation (`bld`), window by window where the parent does
+not fit (`window`), and keeps it on disk (`variants`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import logging
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
+from nemojax.compress.bld import Bld, Weights, init_kind, train
+from nemojax.compress.bld import take as take  # the stage finds it here
 from nemojax.compress.importance import Importance
-from nemojax.compress.space import KvInit, init_sub
-from nemojax.compress.subblock import PARTS, Part, Sub, apply_part, kind_name, layers_of, sub_of
-from nemojax.config import field
-from nemojax.losses.hidden import normalised_mse
-from nemojax.model.attention import Context
-from nemojax.model.block import apply_block
-from nemojax.model.layout import run_name
-from nemojax.model.llama import Compute, batch_context, embed
-from nemojax.optim import OptimConfig, make_optimizer
+from nemojax.compress.pattern import excluded
+from nemojax.compress.space import KvInit, choice_name
+from nemojax.compress.subblock import PARTS, Kind, Part, Place, Sub, kind_name, on_host, sub_of
+from nemojax.compress.variants import Library
+from nemojax.compress.window import Carry, Parent, Source
+from nemojax.config import to_dict
+from nemojax.model.llama import Compute
+from nemojax.sharding import on_primary, use_mesh
+from nemojax.stage import read_json, write_json
+
+log = logging.getLogger(__name__)
+TRAINING, UNIT = "training", "unit.json"
 
 
-@dataclass(frozen=True)
-class Bld:
-    """Blockwise local distillation."""
+def kinds_of(
+    choices: Sequence[Sequence[BlockSpec]], arch: ArchSpec, coupled: Sequence[str] = ()
+) -> tuple[Kind, ...]:
+    """Every replacement that has weights, with the layers that may use it; the coupled ones last.
 
-    steps: int = field(64, "training steps for each kind of variant; 0 keeps the first weights")
-    together: int = field(0, "kinds trained from one parent forward, and saved together; 0: all of them")
-    side_by_side: int = field(0, "variants of a stack in one matmul; 0: one on a CPU, else the whole stack")
-    optim: OptimConfig = field(OptimConfig(lr=1e-3, warmup_steps=4, weight_decay=0.0), "its optimiser")
-
-    def __post_init__(self):
-        if self.optim.name != "adamw":
-            raise ValueError(f"bld.optim.name: expected adamw, got {self.optim.name!r}")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The same replacement in several layers whose parents' blocks are equal."""
-
-    part: Part
-    parent: BlockSpec
-    child: Sub
-    layers: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return kind_name(self.part, self.child)
-
-
-class Library:
-    """Variants on disk, one file each: `<kind>/<layer>.npz` with the sub-block's weights and loss `curve`."""
-
-    def __init__(self, dir: str | os.PathLike):
-        self.dir = Path(dir)
-
-    def path(self, part: Part, sub: Sub, layer: int) -> Path:
-        return self.dir / kind_name(part, sub) / f"{layer:03d}.npz"
-
-    def has(self, kind: Kind) -> bool:
-        return all(self.path(kind.part, kind.child, layer).is_file() for layer in kind.layers)
-
-    def save(self, part: Part, sub: Sub, layer: int, weights: dict, curve: np.ndarray) -> None:
-        path = self.path(part, sub, layer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        with open(partial_path, "wb") as file:
-            np.savez(file, curve=curve, **weights)
-        os.replace(partial_path, path)
-
-    def load(self, part: Part, sub: Sub, layer: int) -> dict[str, np.ndarray]:
-        """Weights of one variant, f32; {} for a no-op. ValueError when it is missing."""
-        if isinstance(sub, NoOp):
-            return {}
-        return {k: v for k, v in self._read(part, sub, layer).items() if k != "curve"}
-
-    def curve(self, part: Part, sub: Sub, layer: int) -> np.ndarray:
-        """Normalised MSE of one variant by training step."""
-        return self._read(part, sub, layer)["curve"]
-
-    def _read(self, part: Part, sub: Sub, layer: int) -> dict[str, np.ndarray]:
-        path = self.path(part, sub, layer)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such variant; build the library for this space first")
-        try:
-            with np.load(path) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{path}: damaged ({error}); delete it and run again to rebuild it") from error
-
-
-def kinds_of(choices: Sequence[Sequence[BlockSpec]], arch: ArchSpec) -> tuple[Kind, ...]:
-    """Every replacement that has weights, with the layers that may use it."""
-    found: dict[tuple[Part, BlockSpec, Sub], list[int]] = {}
+    coupled: rules such as `all:-+*` or `0-3:kv1+ffn*`, layers and a glob of `attention+feed-forward`, that
+    choose which blocks are trained whole. ValueError for a rule that no choice matches.
+    """
+    found: dict[tuple[Place, BlockSpec, Sub | BlockSpec], list[int]] = {}
     for layer, options in enumerate(choices):
         parent = arch.blocks[layer]
         for part in PARTS:
             for sub in dict.fromkeys(sub_of(option, part) for option in options):
                 if sub != sub_of(parent, part) and not isinstance(sub, NoOp):
                     found.setdefault((part, parent, sub), []).append(layer)
-    return tuple(Kind(*key, tuple(layers)) for key, layers in found.items())
+    if coupled:
+        whole = [
+            [o for o in options if o != arch.blocks[i] and not o.is_empty]
+            for i, options in enumerate(choices)
+        ]
+        names = [[choice_name(option) for option in options] for options in whole]
+        for layer, picked in enumerate(excluded(coupled, names)):
+            for index in sorted(picked):
+                found.setdefault(("block", arch.blocks[layer], whole[layer][index]), []).append(layer)
+    kinds = [Kind(*key, tuple(dict.fromkeys(layers))) for key, layers in found.items()]
+    return tuple(sorted(kinds, key=lambda kind: kind.part == "block"))
 
 
 def build(
-    params: dict,
+    params: Source,
     arch: ArchSpec,
     kinds: Sequence[Kind],
     importance: Importance,
@@ -127,174 +77,204 @@ def build(
     *,
     kv_init: KvInit = "mean",
     compute: Compute = Compute(),
+    mesh: Mesh | None = None,
 ) -> Library:
-    """Trains the kinds that `dir` lacks and saves them, `bld.together` of them at a time.
+    """Trains what `dir` lacks of the kinds and saves it, `bld.together` kinds at a time, parts before blocks.
 
-    A restart redoes the groups that are not whole. Groups follow from `kinds` alone, not from what is on
-    disk, so that a run killed in the middle of a save trains the same program again, to the same bits.
-    `batches()` starts the calibration data from the beginning: every kind sees the same tokens.
+    params: the parent's, or the path of its artifact, of which `bld.window` layers are read at a time.
+    `batches()` starts the calibration data from the beginning, this process's rows: every kind sees the same
+    tokens. Killed and started again it goes on to the same bits, from the last checkpoint of
+    `bld.checkpoint_every` or with the kinds that were in training. ValueError for a library of another
+    parent, a variant of other settings or data, data that end too soon, and a variant none of whose steps
+    was finite (the others are saved).
     """
-    library = Library(dir)
-    group = bld.together or max(len(kinds), 1)
-    for first in range(0, len(kinds), group):
-        some = kinds[first : first + group]
-        if all(library.has(kind) for kind in some):
-            continue
-        weights = [init_kind(params, arch, kind, importance, kv_init) for kind in some]
-        weights, curves = train(params, arch, some, weights, batches(), bld, compute)
-        for kind, stacked, curve in zip(some, weights, curves, strict=True):
-            for i, layer in enumerate(kind.layers):
-                one = {name: w[i] for name, w in stacked.items()}
-                library.save(kind.part, kind.child, layer, one, curve[:, i])
+    parent, library = Parent(params, arch, bld.window, mesh), Library(dir)
+    with use_mesh(mesh):
+        fingerprint = parent.fingerprint()
+        on_primary(lambda: library.claim(fingerprint, arch))
+        data = batches() if bld.steps or bld.tokens else iter(())
+        first = next(iter(data), None)
+        steps = bld.num_steps(first) if first is not None or bld.tokens else bld.steps
+        recipe = _recipe(bld, steps, kv_init, compute, importance, data, first)
+        rows = np.shape(first["tokens"]) if first is not None else (0, 0)
+        carry = Carry(library.dir / TRAINING, parent, batches, steps, (rows[0], rows[1]), compute)
+        builder = _Builder(library, parent, importance, bld, kv_init, recipe, carry)
+        for number in range(len(parent.windows())):
+            builder.build_window(number, kinds)
+        on_primary(lambda: shutil.rmtree(library.dir / TRAINING, ignore_errors=True))
     return library
 
 
-def init_kind(params: dict, arch: ArchSpec, kind: Kind, importance: Importance, kv_init: KvInit) -> dict:
-    """First weights of all layers' variants of a kind, stacked, f32 numpy."""
-    parent = sub_of(kind.parent, kind.part)
-    variants = [
-        init_sub(kind.part, parent, kind.child, p[kind.part], importance, layer, kv_init)
-        for layer, p in layers_of(params, arch)
-        if layer in kind.layers
-    ]
-    return jax.tree.map(lambda *leaves: np.stack(leaves).astype(np.float32), *variants)
-
-
-def train(
-    params: dict,
-    arch: ArchSpec,
-    kinds: Sequence[Kind],
-    weights: Sequence[dict],
-    batches: Iterator[dict],
+def _recipe(
     bld: Bld,
-    compute: Compute = Compute(),
-) -> tuple[list[dict], list[np.ndarray]]:
-    """(trained weights by kind, loss curves [steps, L] by kind), numpy."""
-    if not bld.steps or not kinds:
-        return list(weights), [np.zeros((0, len(kind.layers)), np.float32) for kind in kinds]
-    tx = make_optimizer(bld.optim, bld.steps)
-    stacks = [jax.tree.map(jnp.asarray, w) for w in weights]
-    state = [(w, jax.vmap(tx.init)(w)) for w in stacks]
-    step = jax.jit(partial(_step, arch, tuple(kinds), tx, compute, bld.side_by_side), donate_argnums=0)
-    curves = []
-    for batch in take(batches, bld.steps, "bld.steps"):
-        state, losses = step(state, params, {k: batch[k] for k in ("tokens", "positions", "segments")})
-        curves.append(losses)
-    trained = [jax.tree.map(np.asarray, w) for w, _ in state]
-    return trained, [np.stack([np.asarray(losses[i]) for losses in curves]) for i in range(len(kinds))]
-
-
-def take(batches: Iterable[dict], count: int, where: str) -> Iterator[dict]:
-    """Exactly `count` batches; ValueError when the data end before."""
-    iterator = iter(batches)
-    for number in range(count):
-        batch = next(iterator, None)
-        if batch is None:
-            raise ValueError(f"{where}: expected {count} calibration batches, got {number}; give more data")
-        yield batch
+    steps: int,
+    kv_init: KvInit,
+    compute: Compute,
+    importance: Importance,
+    data: Any,
+    first: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All that decides what a variant becomes, but for its parent; as JSON has it."""
+    ranks = hashlib.sha256()
+    for part, scores in (("ffn", importance.ffn), ("kv", importance.kv)):
+        for layer in sorted(scores):
+            ranks.update(f"{part}{layer}".encode() + np.asarray(scores[layer], np.float32).tobytes())
+    recipe: dict[str, Any] = {"steps": steps, "kv_init": kv_init, "importance": ranks.hexdigest()[:16]}
+    if first is not None:
+        tokens = np.asarray(first["tokens"])
+        known = data.state().get("identity") if hasattr(data, "state") else None
+        recipe["data"] = known or hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+        recipe["batch"] = [tokens.shape[0] * jax.process_count(), *tokens.shape[1:]]
+        recipe |= {"dtype": compute.dtype, **{f"optim.{k}": v for k, v in to_dict(bld.optim).items()}}
+    return json.loads(json.dumps(recipe))
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The parent's residual stream around the blocks of one run, each [n, B, T, D]."""
+class _Builder:
+    library: Library
+    parent: Parent
+    importance: Importance
+    bld: Bld
+    kv_init: KvInit
+    recipe: dict[str, Any]
+    carry: Carry
 
-    before: Any
-    between: Any
-    after: Any
+    def build_window(self, number: int, kinds: Sequence[Kind]) -> None:
+        """Everything that the layers of one window lack."""
+        window = self.parent.windows()[number]
+        inside = [_within(kind, window) for kind in kinds if set(kind.layers) & set(window)]
+        plan = on_primary(lambda: self._plan(inside))
+        if not plan:
+            return
+        arch, params = self.parent.arch_of(window), self.parent.params_of(window)
+        before = self.carry.before(number) if self.carry.steps else None
+        for unit in plan:
+            some = [dataclasses.replace(inside[i], layers=tuple(layers)) for i, layers in unit]
+            self._build_unit(arch, params, window.start, before, some)
+
+    def _plan(self, inside: Sequence[Kind]) -> list[list[list[Any]]]:
+        """Units of (index of a kind, layers) that are trained together.
+
+        A unit that a kill interrupted comes first and as it was, whatever it had saved: the same program
+        gives the same bits. All else is grouped by what is missing, so nothing is made twice.
+        """
+        lacking = {i: sorted(set(k.layers) - set(self._checked(k))) for i, k in enumerate(inside)}
+        units = []
+        begun = read_json(self.library.dir / TRAINING / UNIT) or {}
+        if begun.get("recipe") == self.recipe:
+            unit = [
+                [i, layers]
+                for name, layers in begun["kinds"]
+                for i, kind in enumerate(inside)
+                if kind.name == name and set(layers) <= set(kind.layers)
+            ]
+            if len(unit) == len(begun["kinds"]) and any(lacking[i] for i, _ in unit):
+                units.append(unit)
+                for i, layers in unit:
+                    lacking[i] = [layer for layer in lacking[i] if layer not in layers]
+        for coupled in (False, True):
+            rest = [
+                [i, layers]
+                for i, layers in lacking.items()
+                if layers and (inside[i].part == "block") == coupled
+            ]
+            size = self.bld.together or max(len(rest), 1)
+            units += [rest[first : first + size] for first in range(0, len(rest), size)]
+        return units
+
+    def _checked(self, kind: Kind) -> tuple[int, ...]:
+        """The layers that have their variant; ValueError when one was made in another way."""
+        there = self.library.layers(kind.name)
+        for layer in set(there) & set(kind.layers):
+            made = self.library.about(kind.part, kind.child, layer).get("recipe", {})
+            if differ := [k for k in {**made, **self.recipe} if made.get(k) != self.recipe.get(k)]:
+                key = differ[0]
+                raise ValueError(
+                    f"{self.library.dir / kind.name}: layer {layer}: expected a variant made with {key} "
+                    f"{self.recipe.get(key)}, got {made.get(key)}; delete the folder to make it again, or "
+                    "choose another library"
+                )
+        return there
+
+    def _build_unit(
+        self, arch: ArchSpec, params: dict, offset: int, before: np.ndarray | None, kinds: Sequence[Kind]
+    ) -> None:
+        """Trains variants of one window, whose parameters are given, and saves them."""
+        training = self.library.dir / TRAINING
+        record = {"recipe": self.recipe, "kinds": [[kind.name, list(kind.layers)] for kind in kinds]}
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+        on_primary(lambda: (training.mkdir(exist_ok=True), write_json(training / UNIT, record))[1])
+        local = [dataclasses.replace(k, layers=tuple(i - offset for i in k.layers)) for k in kinds]
+        first = [self._first(params, arch, kind, offset) for kind in local]
+        stacks, curves = train(
+            params,
+            arch,
+            local,
+            [weights for weights, _ in first],
+            self.carry.batches(),
+            self.bld,
+            self.carry.compute,
+            mesh=self.parent.mesh,
+            steps=self.carry.steps,
+            before=before,
+            saving=training / digest,
+        )
+        broken = []
+        for kind, stack, curve, (_, starts) in zip(kinds, stacks, curves, first, strict=True):
+            log.info("library: %s: normalised MSE %s", kind.name, _ends(curve))
+            finite = [not len(losses) or bool(np.isfinite(losses).any()) for losses in curve.T]
+            broken += [f"{kind.name} of layer {i}" for i, f in zip(kind.layers, finite, strict=True) if not f]
+            self._save(kind, stack, curve, starts, finite)
+        on_primary(lambda: shutil.rmtree(training / digest, ignore_errors=True))
+        on_primary(lambda: (training / UNIT).unlink())
+        if broken:
+            names = ", ".join(broken[:4]) + (" and more" if len(broken) > 4 else "")
+            raise ValueError(
+                f"{self.library.dir}: {names}: expected a finite loss in some of {self.carry.steps} steps, "
+                "got none; check the parent's weights there, lower bld.optim.lr, or compute in float32"
+            )
+
+    def _save(self, kind: Kind, stack: Weights, curve: np.ndarray, starts: list, good: list[bool]) -> None:
+        there = on_primary(lambda: self.library.layers(kind.name))
+        for i, layer in enumerate(kind.layers):
+            if layer in there or not good[i]:
+                continue
+            about = {"recipe": self.recipe, "start": starts[i]}
+            weights = on_host(stack, i)  # all processes hand over their parts, the primary writes
+            on_primary(
+                lambda at=layer, w=weights, i=i, a=about: self.library.save(
+                    kind.part, kind.child, at, w, curve[:, i], a
+                )
+            )
+
+    def _first(
+        self, params: dict, arch: ArchSpec, kind: Kind, offset: int
+    ) -> tuple[Weights, list[dict[Part, str]]]:
+        """First weights of a kind, stacked, and for each layer and part where they come from.
+
+        A coupled variant starts from its trained parts where the library has them.
+        """
+        weights = init_kind(params, arch, kind, self.importance, self.kv_init, offset)
+        starts: list[dict[Part, str]] = [dict.fromkeys(kind.trained, "parent") for _ in kind.layers]
+        if kind.part != "block":
+            return weights, starts
+        for part in kind.trained:
+            sub = sub_of(kind.block, part)
+            there = () if sub == sub_of(kind.parent, part) else self.library.layers(kind_name(part, sub))
+            for i, layer in enumerate(kind.layers):
+                if layer + offset in there:
+                    starts[i][part] = "library"
+                    for name, weight in self.library.load(part, sub, layer + offset).items():
+                        weights[part][name][i] = weight
+        return weights, starts
 
 
-jax.tree_util.register_dataclass(Streams)
+def _within(kind: Kind, window: range) -> Kind:
+    return dataclasses.replace(kind, layers=tuple(layer for layer in kind.layers if layer in window))
 
 
-def parent_streams(
-    params: dict, arch: ArchSpec, batch: dict, compute: Compute = Compute()
-) -> dict[str, Streams]:
-    """The stream before, between the halves of, and after every block, by run."""
-    ctx = batch_context(arch, batch)
-    h_BTD = embed(params, batch["tokens"], compute)
-    streams = {}
-    for index, run in enumerate(arch.runs()):
-
-        def body(h: jax.Array, p: dict, spec: BlockSpec = run.spec) -> tuple[jax.Array, Streams]:
-            seen: dict[str, jax.Array] = {}
-            after = apply_block(arch, spec, p, h, ctx, capture=seen)
-            return after, Streams(h, seen["between_BTD"], after)
-
-        h_BTD, streams[run_name(index)] = jax.lax.scan(body, h_BTD, params["runs"][run_name(index)])
-    return streams
-
-
-def _step(
-    arch: ArchSpec,
-    kinds: tuple[Kind, ...],
-    tx: optax.GradientTransformation,
-    compute: Compute,
-    side_by_side: int,
-    state: list[tuple[dict, Any]],
-    params: dict,
-    batch: dict,
-) -> tuple[list[tuple[dict, Any]], list[jax.Array]]:
-    """One step of every variant of every kind from one parent forward; losses [L] by kind."""
-    ctx = batch_context(arch, batch)
-    streams = parent_streams(params, arch, batch, compute)
-    out, losses = [], []
-    for kind, (weights, opt_state) in zip(kinds, state, strict=True):
-        here = _gather(streams, arch, kind.layers)
-        frozen = _gather(params["runs"], arch, kind.layers).get("ffn", {}) if kind.part == "attn" else {}
-        update = partial(_update_one, arch, kind, tx, ctx)
-        weights, opt_state, loss_L = _over_stack(update, side_by_side, (weights, opt_state, frozen, here))
-        out.append((weights, opt_state))
-        losses.append(loss_L)
-    return out, losses
-
-
-def _over_stack(fn: Callable[..., Any], side_by_side: int, stacks: tuple) -> Any:
-    """fn over the leading axis. A CPU is faster at one plain matmul after another than at batched ones."""
-    count = side_by_side or (1 if jax.default_backend() == "cpu" else jax.tree.leaves(stacks)[0].shape[0])
-    return jax.lax.map(lambda one: fn(*one), stacks, batch_size=count if count > 1 else None)
-
-
-def _update_one(
-    arch: ArchSpec,
-    kind: Kind,
-    tx: optax.GradientTransformation,
-    ctx: Context,
-    weights: dict,
-    opt_state: Any,
-    frozen: dict,
-    here: Streams,
-) -> tuple[dict, Any, jax.Array]:
-    """One step of one variant; a non-finite loss or gradient leaves this variant as it was."""
-
-    def loss_of(w: dict) -> jax.Array:
-        if kind.part == "attn":
-            mid_BTD = apply_part(arch, "attn", kind.child, w, here.before, ctx)
-            out_BTD = apply_part(arch, "ffn", kind.parent.ffn, frozen, mid_BTD, ctx)
-        else:
-            out_BTD = apply_part(arch, "ffn", kind.child, w, here.between, ctx)
-        return normalised_mse(out_BTD, here.after, (ctx.segments_BT > 0).astype(jnp.float32))
-
-    loss, grads = jax.value_and_grad(loss_of)(weights)
-    updates, new_state = tx.update(grads, opt_state, weights)
-    new_weights = optax.apply_updates(weights, updates)
-    fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(fine, new, old))
-    return keep(new_weights, weights), keep(new_state, opt_state), loss
-
-
-def _gather(runs: dict[str, Any], arch: ArchSpec, layers: tuple[int, ...]) -> Any:
-    """Stacks of these layers out of stacks by run, layers ascending and of equal blocks."""
-    pieces = []
-    for index, run in enumerate(arch.runs()):
-        inside = [i for i, layer in enumerate(run.layers) if layer in layers]
-        if not inside:
-            continue
-        whole = runs[run_name(index)]
-        full = len(inside) == len(run.layers)
-        pieces.append(whole if full else jax.tree.map(lambda w, i=tuple(inside): w[jnp.array(i)], whole))
-    if len(pieces) == 1:
-        return pieces[0]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
+def _ends(curve: np.ndarray) -> str:
+    return f"{np.mean(curve[0]):.4g} to {np.mean(curve[-1]):.4g} in {len(curve)} steps" if len(curve) else "-"
 
 
 def curve_summary(library: Library, kinds: Iterable[Kind]) -> dict[str, dict[str, list[float]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,13 @@ import numpy as np
 import pytest
 
 from nemojax.arch import Attention, BlockSpec, Linear, NoOp, SwiGLU, uniform
+from nemojax.checkpoints.artifact import save_params
 from nemojax.compress import cost, importance
 from nemojax.compress import library as lib
 from nemojax.compress.assemble import assemble, block_map, child_arch
 from nemojax.compress.score import Scoring, score
 from nemojax.compress.space import choices
+from nemojax.compress.window import Parent
 from nemojax.losses.tokens import kl_divergence, token_logps
 from nemojax.model.llama import apply, final_norm, head_weight, hidden
 from nemojax.optim import OptimConfig
@@ -53,53 +54,87 @@ def test_distillation_lowers_the_loss(setup):
             assert curve.shape == (6,) and curve[-1] < curve[0]
 
 
-def test_a_variant_in_the_stack_equals_it_alone(setup):
-    params, ranks, _, kinds, library = setup
-    for kind in kinds:
-        alone = dataclasses.replace(kind, layers=(1,))
-        first = lib.init_kind(params, ARCH, alone, ranks, "mean")
-        (trained,), (curve,) = lib.train(params, ARCH, [alone], [first], iter(batches(1) * 6), BLD)
-        stored = library.load(kind.part, kind.child, 1)
-        for name, weight in trained.items():
-            np.testing.assert_allclose(weight[0], stored[name], atol=1e-5)
-        np.testing.assert_allclose(curve[:, 0], library.curve(kind.part, kind.child, 1), rtol=1e-4)
-
-
-def test_a_variant_that_is_not_finite_stays_alone(setup):
-    params, ranks, _, kinds, library = setup
-    kind = kinds[2]
-    first = lib.init_kind(params, ARCH, kind, ranks, "mean")
-    first["down"][2] = np.inf
-    (trained,), (curve,) = lib.train(params, ARCH, [kind], [first], iter(batches(1) * 6), BLD)
-    assert not np.isfinite(curve[:, 2]).any() and np.isinf(trained["down"][2]).all()
-    np.testing.assert_allclose(trained["down"][0], library.load("ffn", kind.child, 0)["down"], atol=1e-5)
-
-
 def test_built_kinds_are_not_built_again(setup, tmp_path):
     params, ranks, _, kinds, _ = setup
-    pairs = dataclasses.replace(BLD, steps=0, together=2)
-    library = lib.build(params, ARCH, kinds[2:], ranks, lambda: iter([]), pairs, tmp_path)
-    before = library.path("ffn", Linear(), 0).stat().st_mtime_ns
-    lib.build(params, ARCH, kinds, ranks, lambda: iter([]), pairs, tmp_path)
-    assert library.path("ffn", Linear(), 0).stat().st_mtime_ns == before
-    assert library.has(kinds[0])
-    with pytest.raises(ValueError, match="expected 6 calibration batches, got 1"):
+    first = dataclasses.replace(BLD, steps=0)
+    few = [dataclasses.replace(kinds[2], layers=(0, 2)), kinds[3]]
+    library = lib.build(params, ARCH, few, ranks, lambda: iter([]), first, tmp_path)
+    assert library.layers("ffn-ffn24") == (0, 2) and library.names() == ("ffn-ffn24", "ffn-linear")
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    lib.build(params, ARCH, few, ranks, lambda: iter([]), first, tmp_path)
+    assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    lib.build(params, ARCH, kinds, ranks, lambda: iter([]), first, tmp_path)
+    assert all(p.stat().st_mtime_ns == t for p, t in files.items() if "ffn-linear" in p.parts)
+    assert all(library.has(kind) for kind in kinds)
+    assert library.curve("ffn", Linear(), 0).shape == (0,)
+    with pytest.raises(ValueError, match="bld.steps: expected 6 calibration batches, got 1; give more data"):
         lib.build(params, ARCH, kinds[:1], ranks, lambda: iter(batches(1)), BLD, tmp_path / "other")
 
 
-def test_a_group_that_was_half_saved_is_trained_again_to_the_same_bits(setup, tmp_path):
-    """As after a kill in the middle of a save: some files of the group are there, others are not."""
+def test_a_variant_is_read_without_the_rest(setup, tmp_path):
+    """The data of the others may be gone, on disk each variant stands alone."""
+    library = lib.Library(tmp_path)
+    curve = np.arange(3, dtype=np.float32)
+    for layer in range(3):
+        weights: lib.Weights = {
+            "ffn": {"norm": np.full(32, layer, np.float32), "linear": np.ones((32, 32), np.float32)}
+        }
+        library.save("ffn", Linear(), layer, weights, curve, {"recipe": {"steps": layer}})
+    data = [p for p in (tmp_path / "ffn-linear" / "d").iterdir() if p.stat().st_size > 4096]
+    assert len(data) == 3
+    oldest = min(data, key=lambda p: p.stat().st_mtime_ns)
+    oldest.write_bytes(b"")
+    fresh = lib.Library(tmp_path)
+    assert fresh.load("ffn", Linear(), 2)["norm"][0] == 2 and fresh.layers("ffn-linear") == (0, 1, 2)
+    assert fresh.about("ffn", Linear(), 1)["recipe"] == {"steps": 1}
+    np.testing.assert_array_equal(fresh.curve("ffn", Linear(), 1), curve)
+    with pytest.raises(ValueError, match=r"ffn-linear: damaged .*delete the folder and run again"):
+        fresh.load("ffn", Linear(), 0)
+
+
+def test_a_library_of_another_parent_is_refused(setup):
     params, ranks, _, kinds, library = setup
-    for path in library.dir.rglob("*.npz"):
-        (tmp_path / path.parent.name).mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / path.parent.name)
-    shutil.rmtree(tmp_path / "ffn-ffn24")
-    (tmp_path / "attn-linear" / "001.npz").rename(tmp_path / "attn-linear" / "001.partial")
-    again = lib.build(params, ARCH, kinds, ranks, lambda: iter(batches(1) * 6), BLD, tmp_path)
-    for kind in kinds:
-        for layer in kind.layers:
-            for name, weight in library.load(kind.part, kind.child, layer).items():
-                assert np.array_equal(weight, again.load(kind.part, kind.child, layer)[name])
+    with pytest.raises(
+        ValueError, match=r"library\.json: expected a library of this parent .*got one of ano"
+    ):
+        lib.build(parent(1), ARCH, kinds, ranks, lambda: iter(batches(1) * 6), BLD, library.dir)
+    other = dataclasses.replace(BLD, optim=dataclasses.replace(BLD.optim, lr=1e-3))
+    with pytest.raises(ValueError, match=r"attn-kv1: layer 0: .* optim.lr 0.001, got 0.003; delete the fold"):
+        lib.build(params, ARCH, kinds, ranks, lambda: iter(batches(1) * 6), other, library.dir)
+    with pytest.raises(ValueError, match="expected a variant made with data"):
+        lib.build(params, ARCH, kinds, ranks, lambda: iter(batches(1, seed=3) * 6), BLD, library.dir)
+
+
+def test_fingerprint_of_a_parent(tmp_path):
+    """Of every bit, whatever the window and wherever the weights are."""
+    params = parent()
+    digest = Parent(params, ARCH).fingerprint()
+    save_params(tmp_path, ARCH, params)
+    host = jax.tree.map(np.array, params)
+    assert {Parent(p, ARCH, w).fingerprint() for p, w in ((host, 0), (params, 2), (str(tmp_path), 1))} == {
+        digest
+    }
+    host["runs"]["000"]["ffn"]["up"][2, 3, 4] += 1e-6
+    assert Parent(host, ARCH).fingerprint() != digest
+    tied = ARCH.replace(tie_embeddings=True)
+    assert Parent({k: v for k, v in params.items() if k != "head"}, tied).fingerprint() != digest
+
+
+def test_coupled_kinds(setup):
+    options = setup[2]
+    kinds = lib.kinds_of(options, ARCH, ("all:-+*", "1:kv1+linear"))
+    names = [(k.name, k.layers) for k in kinds if k.part == "block"]
+    assert names == [
+        ("block-none+ffn48", (0, 1, 2)),
+        ("block-none+ffn24", (0, 1, 2)),
+        ("block-none+linear", (0, 1, 2)),
+        ("block-kv1+linear", (1,)),
+    ]
+    assert kinds[: len(setup[3])] == setup[3] and kinds[-1].trained == ("attn", "ffn")
+    with pytest.raises(
+        ValueError, match=r"rule 'all:kv7\+\*': expected a glob of choice names, got no match"
+    ):
+        lib.kinds_of(options, ARCH, ("all:kv7+*",))
 
 
 @pytest.mark.parametrize("metric", ["kl", "lm_loss"])
@@ -159,7 +194,7 @@ def test_unchanged_child_is_the_parent_bitwise(setup):
 
 def test_a_missing_variant_is_named(setup, tmp_path):
     child = child_arch(ARCH, (FULL, FULL, BlockSpec(Attention(1), FULL.ffn)))
-    with pytest.raises(ValueError, match="attn-kv1/002.npz: no such variant"):
+    with pytest.raises(ValueError, match="attn-kv1: layer 2: no such variant"):
         assemble(setup[0], ARCH, child, lib.Library(tmp_path))
 
 
