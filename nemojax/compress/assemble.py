@@ -17,21 +17,23 @@ def child_arch(parent: ArchSpec, blocks: tuple[BlockSpec, ...]) -> ArchSpec:
 
 
 def assemble(params: dict, parent: ArchSpec, child: ArchSpec, library: Library) -> dict:
-    """Child parameters (numpy, stacked by the child's runs) in the parent's dtypes."""
+    """Child parameters (numpy, stacked by the child's runs) in the parent's dtypes.
+
+    A block that was trained as a whole (coupled) is taken whole; else its changed parts alone are.
+    """
     canonical = unstack(jax.tree.map(np.asarray, params), parent)
     layers: dict[str, dict] = {}
     for i, (old, new) in enumerate(zip(parent.blocks, child.blocks, strict=True)):
         own = canonical["layers"].get(str(i), {})
+        changed = library.load_block(old, new, i)
         block = {}
         for part in PARTS:
-            sub = sub_of(new, part)
-            if isinstance(sub, NoOp):
+            if isinstance(sub_of(new, part), NoOp):
                 continue
-            if sub == sub_of(old, part):
-                block[part] = own[part]
-            else:
+            block[part] = own[part]
+            if part in changed:
                 dtype = next(iter(own[part].values())).dtype
-                block[part] = {k: w.astype(dtype) for k, w in library.load(part, sub, i).items()}
+                block[part] = {k: w.astype(dtype) for k, w in changed[part].items()}
         if block:
             layers[str(i)] = block
     return stack({**canonical, "layers": layers}, child)

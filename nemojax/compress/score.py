@@ -225,10 +225,10 @@ class Walk:
         """Scores of every option, in their order; 0 for the parent's own block."""
         block = self.arch.blocks[layer]
         changed = [option for option in dict.fromkeys(options) if option != block]
-        # options with equal attention next to each other: what it gives is made once for all of them
-        attns = list(dict.fromkeys(option.attn for option in changed))
-        changed.sort(key=lambda option: attns.index(option.attn))
         weights = self._weights(layer, changed, library)
+        # what shares its attention stands together: the stream behind it is made once for all of it
+        shared = list(dict.fromkeys(id(weights[option]["attn"]) for option in changed))
+        changed.sort(key=lambda option: shared.index(id(weights[option]["attn"])))
         groups = -(-len(changed) // TOGETHER)
         size = -(-len(changed) // max(groups, 1))
         sums: list[list[dict]] = [[] for _ in range(groups)]
@@ -252,24 +252,35 @@ class Walk:
         """The final stream with each option in place of the layer."""
         attn, mid_BTD = None, h_BTD
         for option in options:
-            if option.attn != attn:
-                attn = option.attn
-                mid_BTD = self._run("attn", attn, weights["attn", attn], h_BTD, batch)
-            out_BTD = self._run("ffn", option.ffn, weights["ffn", option.ffn], mid_BTD, batch)
+            if weights[option]["attn"] is not attn:
+                attn = weights[option]["attn"]
+                mid_BTD = self._run("attn", option.attn, attn, h_BTD, batch)
+            out_BTD = self._run("ffn", option.ffn, weights[option]["ffn"], mid_BTD, batch)
             yield self._behind(out_BTD, layer + 1, batch)
 
-    def _weights(self, layer: int, options: Sequence[BlockSpec], library: Library) -> dict:
-        """{(part, sub-block): its weights on the devices} of everything that the options need."""
+    def _weights(
+        self, layer: int, options: Sequence[BlockSpec], library: Library
+    ) -> dict[BlockSpec, dict[Part, dict]]:
+        """The weights of each option on the devices. Options that share a sub-block have the same dict of it,
+        but for coupled ones, which were trained as a whole and have their own."""
         own, block = self._parent_weights(layer), self.arch.blocks[layer]
-        wanted: dict[tuple[Part, Sub], None] = dict.fromkeys(
-            (part, sub_of(option, part)) for part in PARTS for option in options
-        )
-        return {
-            (part, sub): own.get(part, {})
-            if sub == sub_of(block, part)
-            else self._place(part, sub, library.load(part, sub, layer))
-            for part, sub in wanted
-        }
+        alone: dict[tuple[Part, Sub], dict] = {}
+        for part in PARTS:
+            alone[part, sub_of(block, part)] = own.get(part, {})
+        out: dict[BlockSpec, dict[Part, dict]] = {}
+        for option in options:
+            subs: dict[Part, Sub] = {part: sub_of(option, part) for part in PARTS}
+            if layer in library.layers(kind_name("block", option)):
+                whole = library.load_block(block, option, layer)
+                out[option] = {
+                    part: self._place(part, sub, whole.get(part, {})) for part, sub in subs.items()
+                }
+                continue
+            for part, sub in subs.items():
+                if (part, sub) not in alone:
+                    alone[part, sub] = self._place(part, sub, library.load(part, sub, layer))
+            out[option] = {part: alone[part, sub] for part, sub in subs.items()}
+        return out
 
     def _place(self, part: Part, sub: Sub, weights: dict) -> dict:
         if self.mesh is None or self.mesh.size == 1 or not weights:

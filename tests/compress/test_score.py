@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
-from nemojax.compress import importance
-from nemojax.compress import library as lib
 from nemojax.compress.assemble import assemble, child_arch
 from nemojax.compress.measures import MEANINGS, answer_batches
 from nemojax.compress.score import TOGETHER, Scoring, score, score_all, score_into
@@ -18,6 +16,8 @@ from nemojax.data.problems import make_problems
 from nemojax.data.tokenizer import train_tokenizer
 from nemojax.model.llama import final_norm, head_weight, hidden, init_params, param_shardings
 from nemojax.sharding import MeshConfig, make_mesh
+from tests.compress.made import Made
+from tests.compress.programs import compiled
 from tests.compress.tiny import ARCH, batches
 
 FULL = ARCH.blocks[0]
@@ -46,12 +46,8 @@ def options_of(arch: ArchSpec) -> list[tuple[BlockSpec, ...]]:
     return rows
 
 
-def made(arch: ArchSpec, dir, options=None) -> tuple[dict, lib.Library]:
-    """A random parent and a library of first weights."""
-    params = init_params(arch, jax.random.key(0))
-    ranks = importance.measure(params, arch, [], "magnitude")
-    kinds = lib.kinds_of(options or options_of(arch), arch)
-    return params, lib.build(params, arch, kinds, ranks, lambda: iter([]), lib.Bld(steps=0), dir)
+def parent_of(arch: ArchSpec) -> dict:
+    return init_params(arch, jax.random.key(0))
 
 
 def forward(params, arch, batch):
@@ -61,13 +57,12 @@ def forward(params, arch, batch):
         return x_BTD, jax.nn.log_softmax(x_BTD @ head_weight(params).T)
 
 
-def by_hand(parent, arch, weights, child, data) -> dict[str, float]:
-    """The metrics as they are defined, in numpy, from two whole models."""
+def by_hand(parents, weights, child, data) -> dict[str, float]:
+    """The metrics as they are defined, in numpy, from two whole models; `parents`: the parent's `forward`."""
     sums, tokens, documents = dict.fromkeys(EVERY, 0.0), 0.0, 0
-    for batch in data:
+    for batch, parent in zip(data, parents, strict=True):
         (t, tp), (s, sp) = (
-            [np.asarray(a, np.float64) for a in forward(p, a, batch)]
-            for p, a in ((parent, arch), (weights, child))
+            [np.asarray(a, np.float64) for a in pair] for pair in (parent, forward(weights, child, batch))
         )
         w, targets = batch["weights"], batch["targets"]
         cosine = (s * t).sum(-1) / np.linalg.norm(s, axis=-1) / np.linalg.norm(t, axis=-1)
@@ -100,24 +95,36 @@ def easy_batches(params, arch, count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("arch", [MIXED, TIED], ids=["mixed", "tied"])
-def test_every_metric_equals_whole_model_replacement(arch, tmp_path):
-    params, library = made(arch, tmp_path)
+def test_every_metric_equals_whole_model_replacement(arch):
+    whole = BlockSpec(Attention(1), SwiGLU(16))  # trained as one, so its halves are others than alone
+    params, library = parent_of(arch), Made(arch, coupled=(whole, BlockSpec(NoOp(), SwiGLU(16))))
     options, data = options_of(arch), easy_batches(params, arch, 2)
+    parents = [forward(params, arch, batch) for batch in data]
     got = score_all(params, arch, options, library, data, Scoring("cosine", EVERY))
     seen: dict[str, set] = {metric: set() for metric in EVERY}
     for layer, row in enumerate(options):
         assert got[layer][0] == dict.fromkeys(EVERY, 0.0) and len(got[layer]) == len(row)
-        for choice, values in list(zip(row, got[layer], strict=True))[1::3]:
+        picked = [choice for choice in row[1:] if choice == whole or row.index(choice) % 4 == 1]
+        for choice in picked:
             child = child_arch(arch, (*arch.blocks[:layer], choice, *arch.blocks[layer + 1 :]))
-            want = by_hand(params, arch, assemble(params, arch, child, library), child, data)
+            want = by_hand(parents, assemble(params, arch, child, library), child, data)
+            values = got[layer][row.index(choice)]
             assert values == pytest.approx(want, abs=1e-5), (layer, choice)
             for metric, value in values.items():
                 seen[metric].add(round(value, 4))
     assert all(len(values) > 2 for values in seen.values()), seen
+    alone = score_all(params, arch, options, Made(arch), data, Scoring("cosine", EVERY))
+    changed = [
+        choice
+        for before, after, row in zip(got, alone, options, strict=True)
+        for a, b, choice in zip(before, after, row, strict=True)
+        if a != b
+    ]
+    assert set(changed) == set(library.coupled)
 
 
-def test_chunks_and_a_single_metric_change_nothing(tmp_path):
-    params, library = made(TIED, tmp_path)
+def test_chunks_and_a_single_metric_change_nothing():
+    params, library = parent_of(TIED), Made(TIED)
     options, data = options_of(TIED), easy_batches(params, TIED, 1)
     whole = score_all(params, TIED, options, library, data, Scoring("kl", EVERY))
     pieces = score_all(params, TIED, options, library, data, Scoring("kl", EVERY, chunk=4))
@@ -127,9 +134,9 @@ def test_chunks_and_a_single_metric_change_nothing(tmp_path):
         assert one == [[pytest.approx(r[metric], abs=1e-6) for r in row] for row in whole]
 
 
-def test_accuracy_is_that_of_greedy_decoding(tmp_path):
+def test_accuracy_is_that_of_greedy_decoding():
     """Documents are a prompt and what the parent says to it; the replaced model decodes by itself."""
-    params, library = made(TIED, tmp_path)
+    params, library = parent_of(TIED), Made(TIED)
     rng, rows, prompt, new = np.random.default_rng(0), 24, 5, 3
     prompts = rng.integers(0, 64, (rows, prompt))
 
@@ -148,7 +155,7 @@ def test_accuracy_is_that_of_greedy_decoding(tmp_path):
         "positions": np.tile(np.arange(shape[1], dtype=np.int32), (rows, 1)),
         "weights": np.tile((np.arange(shape[1]) >= prompt - 1).astype(np.float32), (rows, 1)),
     }
-    options = [(TIED.blocks[0],), options_of(TIED)[1]]
+    options = [(TIED.blocks[0],), options_of(TIED)[1][::2]]
     got = score(params, TIED, options, library, [batch], Scoring("accuracy"))
     want = []
     for choice in options[1]:
@@ -158,29 +165,13 @@ def test_accuracy_is_that_of_greedy_decoding(tmp_path):
     assert got[1] == pytest.approx(want) and 0 < min(want[1:]) < max(want) <= 1
 
 
-def compiled(call) -> int:
-    """Programs that XLA compiles during a call."""
-    count = 0
-
-    def listen(event: str, *_, **__) -> None:
-        nonlocal count
-        count += event == "/jax/core/compile/backend_compile_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        call()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return count
-
-
-def test_programs_do_not_grow_with_layers(tmp_path):
+def test_programs_do_not_grow_with_layers():
     counts = {}
     for times in (2, 5):
         # a vocabulary of its own, so that no program is there already
         arch = ARCH.replace(vocab_size=61 + times, blocks=(FULL, BlockSpec(NoOp(), SwiGLU(48))) * times)
         options = options_of(arch)
-        params, library = made(arch, tmp_path / str(times))
+        params, library = parent_of(arch), Made(arch)
         data = [{**b, "tokens": b["tokens"] % 61, "targets": b["targets"] % 61} for b in batches(2)]
         counts[times] = compiled(
             lambda a=arch, p=params, o=options, lb=library, d=data: score(p, a, o, lb, d)
@@ -188,8 +179,8 @@ def test_programs_do_not_grow_with_layers(tmp_path):
     assert 5 < counts[2] == counts[5]
 
 
-def test_a_mesh_of_eight_devices_equals_one(tmp_path):
-    params, library = made(MIXED, tmp_path)
+def test_a_mesh_of_eight_devices_equals_one():
+    params, library = parent_of(MIXED), Made(MIXED)
     options, data = options_of(MIXED), easy_batches(params, MIXED, 2)
     one = score_all(params, MIXED, options, library, data, Scoring("kl", EVERY))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -199,23 +190,23 @@ def test_a_mesh_of_eight_devices_equals_one(tmp_path):
         assert [pytest.approx(r, abs=1e-5) for r in a] == b
     with pytest.raises(ValueError, match="ffn-ffn15/.*mlp = 15 does not divide over tensor = 2"):
         odd = [(b, BlockSpec(NoOp(), SwiGLU(15))) for b in MIXED.blocks[:1]]
-        _, library = made(MIXED, tmp_path / "odd", odd)
         score_all(placed, MIXED, odd, library, data, mesh=mesh)
 
 
-def test_more_replacements_than_go_together(tmp_path):
-    widths = [BlockSpec(FULL.attn, SwiGLU(w)) for w in range(4, 4 + 2 * TOGETHER + 1)]
+def test_more_replacements_than_go_together():
+    attns, ffns = (FULL.attn, Attention(1), Linear(), NoOp()), (FULL.ffn, SwiGLU(16), Linear(), NoOp())
+    changed = [BlockSpec(a, f) for a in attns for f in (*ffns, SwiGLU(24))][1:]
+    assert len(changed) > 2 * TOGETHER and len(changed) % TOGETHER
     arch = TIED.replace(blocks=(FULL,))
-    params, library = made(arch, tmp_path, [widths])
-    data = batches(1)
-    together = score(params, arch, [[FULL, *widths, widths[0]]], library, data)
-    alone = [score(params, arch, [[w]], library, data)[0][0] for w in (widths[0], widths[-1])]
-    assert [together[0][1], together[0][-2]] == pytest.approx(alone, abs=1e-6)
-    assert together[0][-1] == together[0][1] and len(set(together[0])) == len(widths) + 1
+    params, library, data = parent_of(arch), Made(arch), batches(1)
+    [together] = score(params, arch, [[*changed, FULL, changed[0]]], library, data)
+    alone = [score(params, arch, [[choice]], library, data)[0][0] for choice in (changed[0], changed[-1])]
+    assert [together[0], together[-3]] == pytest.approx(alone, abs=1e-6)
+    assert together[-2] == 0 and together[-1] == together[0] and len(set(together)) == len(changed) + 1
 
 
 def test_scores_on_disk_are_resumed_by_layer(tmp_path, capfd):
-    params, library = made(TIED, tmp_path / "library")
+    params, library = parent_of(TIED), Made(TIED)
     options, data, path = options_of(TIED), batches(1), tmp_path / "scores.json"
     config = Scoring("kl", ("top1",))
     full = score_into(path, params, TIED, options, library, data, config)
@@ -238,19 +229,18 @@ def test_scores_on_disk_are_resumed_by_layer(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("metric", EVERY)
-def test_a_score_that_is_not_finite_names_layer_and_metric(metric, tmp_path):
+def test_a_score_that_is_not_finite_names_layer_and_metric(metric):
     arch = TIED.replace(blocks=(FULL, FULL))
-    params, library = made(arch, tmp_path)
-    broken = library.load("ffn", SwiGLU(16), 1)
-    broken["down"][0] = np.nan
-    library.save("ffn", SwiGLU(16), 1, broken, np.zeros(0))
+    broken = Made(arch).load("ffn", SwiGLU(16), 1)
+    broken["down"] = np.full_like(broken["down"], np.nan)
+    library = Made(arch, ffn_ffn16_1=broken)
     options = [(FULL, BlockSpec(NoOp(), FULL.ffn), BlockSpec(FULL.attn, SwiGLU(16)))] * 2
     with pytest.raises(ValueError, match=rf"layer 1: the {metric} score of .*width=16.* is not finite"):
-        score(params, arch, options, library, batches(1), Scoring(metric))
+        score(parent_of(arch), arch, options, library, batches(1), Scoring(metric))
 
 
-def test_bad_input(tmp_path):
-    params, library = made(TIED, tmp_path)
+def test_bad_input():
+    params, library = parent_of(TIED), Made(TIED)
     silent = [{**batches(1)[0], "weights": np.zeros((4, 16), np.float32)}]
     for data in ([], silent):
         with pytest.raises(ValueError, match="scoring: expected calibration batches with target tokens"):
