@@ -20,6 +20,7 @@ from nemojax.commands import EXIT_PREEMPTED, STAGES, Parser, split_overrides, su
 # command -> (module, function, summary). The function takes the remaining arguments.
 OTHERS = {
     "import": ("nemojax.checkpoints.commands", "import_command", "HF directory or hub name -> artifact"),
+    "search": ("nemojax.compress.commands", "search_command", "best choice of blocks, out of a table"),
     "generate": ("nemojax.generate.commands", "generate_command", "answer a prompt, or a file of prompts"),
     "serve": (
         "nemojax.serve.commands",
@@ -30,7 +31,7 @@ OTHERS = {
     "export": ("nemojax.checkpoints.commands", "export_command", "artifact -> HF directory"),
     "run": ("nemojax.pipeline", "command", "run a whole pipeline of stages"),
 }
-ORDER = ("import", *STAGES, "generate", "serve", "chat", "export", "run")
+ORDER = ("import", *STAGES, "search", "generate", "serve", "chat", "export", "run")
 
 STAGE_USAGE = "nemojax {} [--config=FILE.py] --workdir=DIR [--config.a.b=value ...]"
 EPILOG = """\

@@ -24,7 +24,7 @@ FLOORS = (
     ("stage", "topology", "rewards"),
     ("evaluate",),
     ("compress", "distill", "tokenizer", "pretrain", "sft", "reward", "curate", "rl"),
-    ("plan", "sweep", "pipeline", "report", "serve", "cli"),
+    ("plan", "study", "sweep", "pipeline", "report", "serve", "cli"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 INSIDE_FUNCTIONS = {

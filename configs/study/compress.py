@@ -77,7 +77,7 @@ def study(small: bool) -> dict:
                     "steps": 4 if small else 150,
                     "optim": MUON | {"lr": 4e-3, "warmup_steps": 4 if small else 10},
                 },
-                "extras": {"fused": "1-2" if small else "3-8"},
+                "extras": {"fused": "1-3" if small else "3-8"},
                 "seeds": [0, 1] if small else [0, 1, 2],
                 "compute": COMPUTE,
             }

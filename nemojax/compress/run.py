@@ -12,35 +12,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nemojax.arch import ArchSpec, BlockSpec, describe
+from nemojax.arch import ArchSpec, BlockSpec
 from nemojax.checkpoints.artifact import load_model, save_params
 from nemojax.compress import importance
 from nemojax.compress.assemble import assemble, block_map, child_arch
-from nemojax.compress.cost import CostConfig, block_costs, fixed_costs, provenance
+from nemojax.compress.baselines import find_within
+from nemojax.compress.cost import CostConfig, block_costs, fixed_costs, provenance, times, tokens_of
 from nemojax.compress.importance import Importance, ImportanceConfig
-from nemojax.compress.library import Bld, Library, build, curve_summary, kinds_of, take
-from nemojax.compress.score import Scoring, score
-from nemojax.compress.search import Solution, Table, solve
-from nemojax.compress.space import Space, choices
+from nemojax.compress.library import Bld, build, curve_summary, kinds_of, take
+from nemojax.compress.measures import MEANINGS, Row, answer_batches
+from nemojax.compress.score import Scoring, score_into
+from nemojax.compress.search import Budget, Search, Solution
+from nemojax.compress.space import Space, choice_name, choices
+from nemojax.compress.table import Table
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, train_batches
 from nemojax.data.sources import input_files
-from nemojax.data.tokenizer import check_vocab, copy_tokenizer, load_tokenizer
+from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
 from nemojax.model.llama import Compute
-from nemojax.stage import read_json, run_stage, write_json
+from nemojax.rewards.problems import ProblemSet, load_problems
+from nemojax.stage import read_json, run_stage, write_json, write_text
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the child may cost; keys are params, memory_mib, kv_mib, prefill_ms, decode_ms."""
-
-    ratio: dict[str, float] = field({"params": 0.65}, "most of each cost, as a share of the parent's blocks")
-    maximum: dict[str, float] = field({}, "most of each cost, embedding and head included")
-    minimum: dict[str, float] = field({}, "least of each cost, embedding and head included")
 
 
 @dataclass(frozen=True)
@@ -51,9 +46,11 @@ class Config:
     space: Space = field(Space(), "blocks that a layer may become")
     bld: Bld = field(Bld(), "blockwise local distillation of the library")
     scoring: Scoring = field(Scoring(), "replace-one-block scores")
+    problems: ProblemSet = field(ProblemSet(split="train"), "what accuracy is scored on")
+    asked: Literal["chat", "text"] = field("chat", "problems as conversations, or as lines of text")
     cost: CostConfig = field(CostConfig(), "costs of a block")
     budget: Budget = field(Budget(), "bounds on the child")
-    max_seconds: float = field(60.0, "time limit of the search, seconds")
+    search: Search = field(Search(), "how the child is searched for")
     compute: Compute = field(Compute(), "precision")
 
 
@@ -80,7 +77,7 @@ def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
     with clock("data"):
         loader = train_batches(cfg.data, tokenizer)
         ranking = list(take(loader, cfg.importance.batches, "importance.batches"))
-        scoring = list(take(loader, cfg.scoring.batches, "scoring.batches"))
+        scoring = _scoring_batches(cfg, tokenizer, loader)
         start = loader.state()
 
     def training() -> Iterator[dict]:
@@ -96,17 +93,18 @@ def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
             params, arch, kinds, ranks, training, cfg.bld, at, kv_init=kv_init, compute=cfg.compute
         )
     with clock("scores"):
-        scores = _scores(cfg, params, arch, options, library, scoring, workdir / "scores.json")
+        at = workdir / "scores.json"
+        scores = score_into(at, params, arch, options, library, scoring, cfg.scoring, compute=cfg.compute)
     with clock("costs"):
         table = _table(cfg, arch, options, scores, workdir / "table.json")
     with clock("search"):
-        solution = search(table, cfg.budget, cfg.max_seconds)
-    blocks = tuple(options[i][j] for i, j in enumerate(solution.chosen))
-    child = child_arch(arch, blocks)
+        solutions = find_within(table, cfg.budget, cfg.search)
+        solution = solutions[0]
+    child = _child(arch, options, solution)
     with clock("assembly"):
         save_params(workdir, child, assemble(params, arch, child, library))
         copy_tokenizer(tokenizer.path, workdir / "tokenizer")
-    _write_solution(workdir, table, solution, block_map(arch, child))
+    _write_solutions(workdir, table, solutions, arch, options)
     return {
         **_summary(arch, child, table, solution),
         "bld": curve_summary(library, kinds),
@@ -128,108 +126,115 @@ class Clock:
         log.info("compress: %s took %.1f s", phase, self.seconds[phase])
 
 
-def search(table: Table, budget: Budget, max_seconds: float = 60.0) -> Solution:
-    """The best child within the budget. Choice 0 of each layer must be the parent's own block."""
-    bounds = dict(budget.maximum)
-    for name, share in budget.ratio.items():
-        blocks = sum(float(column[0]) for column in table.column(name))
-        most = blocks * share + float(table.fixed.get(name, 0.0))
-        bounds[name] = min(bounds.get(name, most), most)
-    return solve(table, maximum=bounds, minimum=budget.minimum, max_seconds=max_seconds)[0]
-
-
 def _check_budget(cfg: Config, arch: ArchSpec, options: Sequence[Sequence[BlockSpec]]) -> None:
-    """Refuses at once, before hours of training, bounds on counted costs that no child can keep."""
-    unscored = [[0.0] * len(row) for row in options]
-    table = _costed(arch, options, unscored, replace(cfg.cost, timings=()))
+    """Refuses at once, before hours of training, bounds on counted costs that no child can keep, and rules
+    that leave a layer nothing."""
+    unscored: list[list[Row]] = [[{"score": 0.0}] * len(row) for row in options]
+    table = _costed(arch, options, unscored, cfg.cost.without_times())
     known = table.layers[0][0].keys() if table.layers else ()
 
     def counted(bounds: Mapping[str, float]) -> dict[str, float]:
         return {name: bound for name, bound in bounds.items() if name in known}
 
     budget = cfg.budget
-    search(
-        table,
-        Budget(counted(budget.ratio), counted(budget.maximum), counted(budget.minimum)),
-        cfg.max_seconds,
+    rates = (name.removesuffix("_ms") + "_tokens_per_s" for name in tokens_of(cfg.cost))
+    names = {*table.columns(), *times(cfg.cost), *rates}
+    for name in (*budget.ratio, *budget.maximum, *budget.minimum):
+        if name not in names:
+            raise ValueError(f"budget: column {name!r}: expected one of {', '.join(sorted(names))}")
+    bounds = Budget(counted(budget.ratio), counted(budget.maximum), counted(budget.minimum))
+    find_within(
+        table, bounds, replace(cfg.search, method="mip", minimize="score", maximize=None, num_solutions=1)
     )
 
 
 def _importance(cfg: Config, params: dict, arch: ArchSpec, batches: list[dict], path: Path) -> Importance:
     if path.is_file():
         return importance.load(path)
-    ranks = importance.measure(params, arch, batches, cfg.importance.method, cfg.compute)
+    ranks = importance.measure(params, arch, batches, cfg.importance, cfg.compute)
     importance.save(ranks, path)
     return ranks
 
 
-def _scores(
-    cfg: Config,
-    params: dict,
-    arch: ArchSpec,
-    options: Sequence[Sequence[BlockSpec]],
-    library: Library,
-    batches: list[dict],
-    path: Path,
-) -> list[list[float]]:
-    """Scores by layer and choice; the layers already in `path` are not scored again."""
-    rows = read_json(path) or {}
-    done = {int(layer): row for layer, row in rows.items()}
-
-    def keep(layer: int, row: list[float]) -> None:
-        rows[str(layer)] = row
-        write_json(path, rows)
-
-    return score(
-        params, arch, options, library, batches, cfg.scoring, compute=cfg.compute, done=done, on_layer=keep
-    )
+def _scoring_batches(cfg: Config, tokenizer: Tokenizer, texts: Iterator[dict]) -> list[dict]:
+    """What replacements are judged on: calibration texts, or problems where right answers are the measure."""
+    if cfg.scoring.metric == "accuracy":
+        found = answer_batches(
+            load_problems(cfg.problems),
+            tokenizer,
+            batch_size=cfg.data.batch_size,
+            length=cfg.data.length,
+            form=cfg.asked,
+        )
+        return list(take(found, min(cfg.scoring.batches, len(found)), "scoring.batches"))
+    return list(take(texts, cfg.scoring.batches, "scoring.batches"))
 
 
 def _table(
-    cfg: Config, arch: ArchSpec, options: Sequence[Sequence[BlockSpec]], scores: list[list[float]], path: Path
+    cfg: Config, arch: ArchSpec, options: Sequence[Sequence[BlockSpec]], scores: list[list[Row]], path: Path
 ) -> Table:
-    """Scores and costs of every choice, kept so that a restart searches the very same numbers."""
+    """Scores and costs of every choice, kept so that a restart searches the very same numbers. The column
+    `score` is of the metric that is searched for; every metric has one by its own name."""
     stored = read_json(path)
     if stored:
         return Table.from_json(stored)
-    table = _costed(arch, options, scores, cfg.cost)
-    sources = {"score": f"{cfg.scoring.metric}, nats a token, replace one block", **provenance(cfg.cost)}
+    rows = [[{"score": row[cfg.scoring.metric], **row} for row in layer] for layer in scores]
+    table = _costed(arch, options, rows, cfg.cost)
+    judged = {metric: f"{MEANINGS[metric]}, one block replaced" for metric in cfg.scoring.metrics}
+    sources = {"score": judged[cfg.scoring.metric], **judged, **table.provenance}
     write_json(path, {**table.to_json(), "provenance": sources})
     return table
 
 
 def _costed(
-    arch: ArchSpec, options: Sequence[Sequence[BlockSpec]], scores: list[list[float]], cost: CostConfig
+    arch: ArchSpec, options: Sequence[Sequence[BlockSpec]], scores: list[list[Row]], cost: CostConfig
 ) -> Table:
     costs = block_costs(arch, options, cost)
     layers = tuple(
-        tuple(
-            {"name": f"{describe(o.attn)}+{describe(o.ffn)}", "score": s, **costs[o]}
-            for o, s in zip(row, values, strict=True)
-        )
-        for row, values in zip(options, scores, strict=True)
+        tuple({"name": choice_name(o), **row, **costs[o]} for o, row in zip(blocks, rows, strict=True))
+        for blocks, rows in zip(options, scores, strict=True)
     )
-    return Table(layers, fixed_costs(arch, cost))
+    return Table(layers, fixed_costs(arch, cost), tokens_of(cost), provenance(cost))
 
 
-def _write_solution(workdir: Path, table: Table, solution: Solution, text: str) -> None:
-    layers: list[Mapping[str, Any]] = [
-        {"layer": i, **row[j]} for i, (row, j) in enumerate(zip(table.layers, solution.chosen, strict=True))
-    ]
-    write_json(
-        workdir / "solution.json",
-        {
+def _write_solutions(
+    workdir: Path,
+    table: Table,
+    solutions: Sequence[Solution],
+    arch: ArchSpec,
+    options: Sequence[Sequence[BlockSpec]],
+) -> None:
+    """solution.json and map.txt of the child; where more were asked for, all of them under solutions/."""
+    for number, solution in enumerate(solutions):
+        child = _child(arch, options, solution)
+        layers: list[Mapping[str, Any]] = [
+            {"layer": i, **row[j]}
+            for i, (row, j) in enumerate(zip(table.layers, solution.chosen, strict=True))
+        ]
+        numbers = {
             "objective": solution.objective,
             "totals": dict(solution.totals),
             "gap": solution.gap,
             "layers": layers,
-        },
-    )
-    (workdir / "map.txt").write_text(text + "\n")
+        }
+        text = block_map(arch, child) + "\n"
+        if number == 0:
+            write_json(workdir / "solution.json", numbers)
+            write_text(workdir / "map.txt", text)
+        if len(solutions) > 1:
+            folder = workdir / "solutions" / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "solution.json", numbers)
+            write_text(folder / "map.txt", text)
+            write_text(folder / "arch.json", child.dumps())
+
+
+def _child(arch: ArchSpec, options: Sequence[Sequence[BlockSpec]], solution: Solution) -> ArchSpec:
+    return child_arch(arch, tuple(options[i][j] for i, j in enumerate(solution.chosen)))
 
 
 def _summary(arch: ArchSpec, child: ArchSpec, table: Table, solution: Solution) -> dict[str, Any]:
-    names = [n for n in table.layers[0][0] if n not in ("name", "score")] if table.layers else []
+    names = [n for n in table.layers[0][0] if n not in ("name", "score", *MEANINGS)] if table.layers else []
 
     def totals(chosen: Sequence[int]) -> dict[str, float]:
         columns = {name: table.column(name) for name in names}

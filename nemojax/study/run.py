@@ -17,19 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from nemojax.arch import ArchSpec, BlockSpec, NoOp, describe
+from nemojax.arch import ArchSpec, BlockSpec, NoOp
 from nemojax.checkpoints.artifact import load_model
 from nemojax.compress import fuse, importance
 from nemojax.compress.assemble import assemble, child_arch
 from nemojax.compress.baselines import find
-from nemojax.compress.bld import Bld, build
-from nemojax.compress.cost import CostConfig, counted, fixed_costs
+from nemojax.compress.bld import Bld
+from nemojax.compress.cost import CostConfig, counted, fixed_costs, tokens_of
 from nemojax.compress.cuts import prune_ffn
 from nemojax.compress.importance import Importance, ImportanceConfig
-from nemojax.compress.library import Library, kinds_of, take
+from nemojax.compress.library import Library, build, kinds_of, take
 from nemojax.compress.pattern import layers_in
-from nemojax.compress.score import Scoring, score
-from nemojax.compress.space import Space, choices
+from nemojax.compress.score import Scoring, score_into
+from nemojax.compress.space import Space, choice_name, choices
 from nemojax.compress.table import Table
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, train_batches
@@ -197,6 +197,10 @@ class Lab:
         if not self.cfg.extras.fused:
             return
         bare = layers_in(self.cfg.extras.fused, self.arch.num_layers)
+        if len(bare) < 3:
+            raise ValueError(
+                f"extras.fused: expected at least 3 layers, of which the last stays alone, got {len(bare)}"
+            )
         blocks = tuple(BlockSpec(NoOp(), b.ffn) if i in bare else b for i, b in enumerate(self.arch.blocks))
         steps = self.cfg.heal.steps
         arch = child_arch(self.arch, blocks)
@@ -289,28 +293,26 @@ class Lab:
 
     def _table(self) -> Table:
         """Costs and both scores of every choice of every layer."""
-        path, columns = self.dir / "table.json", {}
+        path = self.dir / "table.json"
         if stored := read_json(path):
             return Table.from_json(stored)
-        for metric in ("kl", "lm_loss"):
-            scoring = Scoring(metric=metric, batches=self.cfg.calibration)
-            columns[metric] = score(
-                self.params,
-                self.arch,
-                self.options,
-                self.libraries["bld"],
-                self.batches,
-                scoring,
-                compute=self.cfg.compute,
-            )
+        rows = score_into(
+            self.dir / "scores.json",
+            self.params,
+            self.arch,
+            self.options,
+            self.libraries["bld"],
+            self.batches,
+            Scoring("kl", ("lm_loss",), self.cfg.calibration),
+            compute=self.cfg.compute,
+        )
         layers = tuple(
             tuple(
-                {"name": f"{describe(o.attn)}+{describe(o.ffn)}", **counted(self.arch, o, self.cfg.cost)}
-                | {metric: rows[i][j] for metric, rows in columns.items()}
+                {"name": choice_name(o), **counted(self.arch, o, self.cfg.cost)} | rows[i][j]
                 for j, o in enumerate(options)
             )
             for i, options in enumerate(self.options)
         )
-        table = Table(layers, fixed_costs(self.arch, self.cfg.cost))
+        table = Table(layers, fixed_costs(self.arch, self.cfg.cost), tokens_of(self.cfg.cost))
         write_json(path, table.to_json())
         return table

@@ -109,7 +109,7 @@ def test_a_whole_study_stops_and_goes_on(world, tmp_path, monkeypatch):
         calibration=1,
         ratios=(0.7, 0.5),
         heal=Heal(ratio=0.5, ways=("mip", "mip first weights"), steps=2),
-        extras=Extras(importance=("magnitude", "activation"), fused="1-2", random_draws=2),
+        extras=Extras(importance=("magnitude", "activation"), fused="1-3", random_draws=2),
         seeds=(0, 1),
     )
     made = Ledger.row
