@@ -38,6 +38,7 @@ from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import place_batch, shardings_like, shardings_of, use_mesh
 
 Weights = dict[Part, dict[str, Any]]  # of a variant, or of a stack of them: its parts, their weights
+OnStep = Callable[[int, list[np.ndarray]], None]  # (step, losses [L] by kind)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Bld:
     together: int = field(0, "kinds trained from one parent forward, and saved together; 0: all of them")
     side_by_side: int = field(0, "variants of a stack in one matmul; 0: one on a CPU, else the whole stack")
     window: int = field(0, "layers of the parent on the devices at once; 0: all of them")
-    checkpoint_every: int = field(0, "steps between checkpoints of the variants in training; 0: none")
+    checkpoint_every: int = field(1000, "steps between checkpoints of the variants in training; 0 makes none")
     optim: OptimConfig = field(OptimConfig(lr=1e-3, warmup_steps=4, weight_decay=0.0), "its optimiser")
 
     def __post_init__(self):
@@ -105,7 +106,7 @@ def train(
     params: dict,
     arch: ArchSpec,
     kinds: Sequence[Kind],
-    weights: Sequence[Weights],
+    weights: Iterable[Weights],
     batches: Iterator[dict],
     bld: Bld,
     compute: Compute = Compute(),
@@ -114,6 +115,7 @@ def train(
     steps: int | None = None,
     before: np.ndarray | None = None,
     saving: Path | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[list[Weights], list[np.ndarray]]:
     """(trained stacks by kind, loss curves [steps, L] by kind); the stacks stay where they were trained.
 
@@ -121,14 +123,14 @@ def train(
     that are drawn are the next `steps` (default: `bld.steps`). before [steps, B, T, D]: the stream that
     enters the first layer, by batch, in place of embeddings. saving: a folder for the checkpoints of
     `bld.checkpoint_every`; a training that is found there goes on, to the same bits, with `batches` at the
-    beginning as before. ValueError for too few batches.
+    beginning as before. on_step: told each step's losses, one step late. ValueError for too few batches.
     """
     steps = bld.steps if steps is None else steps
     if not steps or not kinds:
         return list(weights), [np.zeros((0, len(kind.layers)), np.float32) for kind in kinds]
     with use_mesh(mesh):
         stacks = [place_stack(arch, kind, w, mesh) for kind, w in zip(kinds, weights, strict=True)]
-        loop = _Loop(params, arch, tuple(kinds), bld, compute, mesh, steps, before, saving)
+        loop = _Loop(params, arch, tuple(kinds), bld, compute, mesh, steps, before, saving, on_step)
         return loop.run(stacks, batches)
 
 
@@ -143,6 +145,7 @@ class _Loop:
     steps: int
     before: np.ndarray | None
     saving: Path | None
+    on_step: OnStep | None
 
     def run(self, stacks: list[Weights], batches: Any) -> tuple[list[Weights], list[np.ndarray]]:
         tx = make_optimizer(self.bld.optim, self.steps)
@@ -186,7 +189,8 @@ class _Loop:
 
     def _init_optimizer(self, tx: optax.GradientTransformation, w: Weights) -> Any:
         init = jax.vmap(tx.init)
-        return jax.jit(init, out_shardings=shardings_like(jax.eval_shape(init, w), w))(w)
+        places = shardings_like(jax.eval_shape(init, w), w)
+        return init(w) if places is None else jax.jit(init, out_shardings=places)(w)
 
     def _places(self, state: Any) -> tuple[Any, ...] | None:
         """The state stays where it is: left to choose, XLA moves it, and compiles the step once more."""
@@ -197,6 +201,8 @@ class _Loop:
         if losses is None:
             return
         curves.append([to_host(loss) for loss in losses])
+        if self.on_step is not None:
+            self.on_step(len(curves), curves[-1])
 
     def _open(self) -> Checkpoints | None:
         if self.saving is None or not self.bld.checkpoint_every:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
-from nemojax.compress.bld import Bld, Weights, init_kind, train
+from nemojax.compress.bld import Bld, OnStep, Weights, init_kind, train
 from nemojax.compress.bld import take as take  # the stage finds it here
 from nemojax.compress.importance import Importance
 from nemojax.compress.pattern import excluded
@@ -30,12 +30,12 @@ from nemojax.compress.subblock import PARTS, Kind, Part, Place, Sub, kind_name, 
 from nemojax.compress.variants import Library
 from nemojax.compress.window import Carry, Parent, Source
 from nemojax.config import to_dict
+from nemojax.log import RunLog
 from nemojax.model.llama import Compute
-from nemojax.sharding import on_primary, use_mesh
+from nemojax.sharding import is_primary, on_primary, use_mesh
 from nemojax.stage import read_json, write_json
 
-log = logging.getLogger(__name__)
-TRAINING, UNIT = "training", "unit.json"
+TRAINING, UNIT, LOG = "training", "unit.json", "log"
 
 
 def kinds_of(
@@ -205,26 +205,27 @@ class _Builder:
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
         on_primary(lambda: (training.mkdir(exist_ok=True), write_json(training / UNIT, record))[1])
         local = [dataclasses.replace(k, layers=tuple(i - offset for i in k.layers)) for k in kinds]
-        first = [self._first(params, arch, kind, offset) for kind in local]
-        stacks, curves = train(
-            params,
-            arch,
-            local,
-            [weights for weights, _ in first],
-            self.carry.batches(),
-            self.bld,
-            self.carry.compute,
-            mesh=self.parent.mesh,
-            steps=self.carry.steps,
-            before=before,
-            saving=training / digest,
-        )
+        starts: list[list[dict[Part, str]]] = []
+        with ExitStack() as held:
+            stacks, curves = train(
+                params,
+                arch,
+                local,
+                self._first_of_all(params, arch, local, offset, starts),
+                self.carry.batches(),
+                self.bld,
+                self.carry.compute,
+                mesh=self.parent.mesh,
+                steps=self.carry.steps,
+                before=before,
+                saving=training / digest,
+                on_step=self._progress(kinds, held),
+            )
         broken = []
-        for kind, stack, curve, (_, starts) in zip(kinds, stacks, curves, first, strict=True):
-            log.info("library: %s: normalised MSE %s", kind.name, _ends(curve))
+        for kind, stack, curve, start in zip(kinds, stacks, curves, starts, strict=True):
             finite = [not len(losses) or bool(np.isfinite(losses).any()) for losses in curve.T]
             broken += [f"{kind.name} of layer {i}" for i, f in zip(kind.layers, finite, strict=True) if not f]
-            self._save(kind, stack, curve, starts, finite)
+            self._save(kind, stack, curve, start, finite)
         on_primary(lambda: shutil.rmtree(training / digest, ignore_errors=True))
         on_primary(lambda: (training / UNIT).unlink())
         if broken:
@@ -246,6 +247,35 @@ class _Builder:
                     kind.part, kind.child, at, w, curve[:, i], a
                 )
             )
+
+    def _progress(self, kinds: Sequence[Kind], held: ExitStack) -> OnStep | None:
+        """Shows the mean losses by kind, and keeps them under `log/`; in the primary process alone."""
+        if not is_primary() or not self.carry.steps:
+            return None
+        more = f"-and-{len(kinds) - 1}-more" if len(kinds) > 1 else ""
+        folder = self.library.dir / LOG / f"{kinds[0].layers[0]:03d}-{kinds[0].name}{more}"
+        log, every = held.enter_context(RunLog(folder, self.carry.steps)), -(-self.carry.steps // 50)
+        resumed = False
+
+        def on_step(step: int, losses: list[np.ndarray]) -> None:
+            nonlocal resumed
+            if not resumed:
+                log.truncate(step - 1)
+                resumed = True
+            if step % every == 0 or step == self.carry.steps:
+                finite = [(k.name, loss[np.isfinite(loss)]) for k, loss in zip(kinds, losses, strict=True)]
+                log.write(step, {f"mse/{name}": float(loss.mean()) for name, loss in finite if loss.size})
+
+        return on_step
+
+    def _first_of_all(
+        self, params: dict, arch: ArchSpec, kinds: Sequence[Kind], offset: int, starts: list
+    ) -> Iterator[Weights]:
+        """First weights of kind after kind, so that the host holds one at a time; fills `starts`."""
+        for kind in kinds:
+            weights, start = self._first(params, arch, kind, offset)
+            starts.append(start)
+            yield weights
 
     def _first(
         self, params: dict, arch: ArchSpec, kind: Kind, offset: int
@@ -271,10 +301,6 @@ class _Builder:
 
 def _within(kind: Kind, window: range) -> Kind:
     return dataclasses.replace(kind, layers=tuple(layer for layer in kind.layers if layer in window))
-
-
-def _ends(curve: np.ndarray) -> str:
-    return f"{np.mean(curve[0]):.4g} to {np.mean(curve[-1]):.4g} in {len(curve)} steps" if len(curve) else "-"
 
 
 def curve_summary(library: Library, kinds: Iterable[Kind]) -> dict[str, dict[str, list[float]]]:
