@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp, describe
+from nemojax.checkpoints.store import to_host
 from nemojax.compress.library import Library
-from nemojax.compress.subblock import PARTS, sub_of
-from nemojax.model.layout import stack, unstack
+from nemojax.compress.subblock import PARTS, layers_of, sub_of
+from nemojax.model.layout import stack
 
 
 def child_arch(parent: ArchSpec, blocks: tuple[BlockSpec, ...]) -> ArchSpec:
@@ -17,14 +17,14 @@ def child_arch(parent: ArchSpec, blocks: tuple[BlockSpec, ...]) -> ArchSpec:
 
 
 def assemble(params: dict, parent: ArchSpec, child: ArchSpec, library: Library) -> dict:
-    """Child parameters (numpy, stacked by the child's runs) in the parent's dtypes.
+    """Child parameters (numpy, stacked by the child's runs) in the parent's dtypes, in every process.
 
     A block that was trained as a whole (coupled) is taken whole; else its changed parts alone are.
     """
-    canonical = unstack(jax.tree.map(np.asarray, params), parent)
-    layers: dict[str, dict] = {}
+    outer = jax.tree.map(to_host, {name: tree for name, tree in params.items() if name != "runs"})
+    parents, layers = dict(layers_of(params, parent)), {}
     for i, (old, new) in enumerate(zip(parent.blocks, child.blocks, strict=True)):
-        own = canonical["layers"].get(str(i), {})
+        own = parents.get(i, {})
         changed = library.load_block(old, new, i)
         block = {}
         for part in PARTS:
@@ -36,7 +36,7 @@ def assemble(params: dict, parent: ArchSpec, child: ArchSpec, library: Library) 
                 block[part] = {k: w.astype(dtype) for k, w in changed[part].items()}
         if block:
             layers[str(i)] = block
-    return stack({**canonical, "layers": layers}, child)
+    return stack({**outer, "layers": layers}, child)
 
 
 def block_map(parent: ArchSpec, child: ArchSpec) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemojax.commands import Parser
@@ -52,8 +49,7 @@ def search_command(argv: Sequence[str]) -> int:
         return _sweep(args, table, bounds, hows, parser)
     from nemojax.compress.baselines import find_within
 
-    with _silence():
-        found = find_within(table, bounds, hows[0])
+    found = find_within(table, bounds, hows[0])
     seconds = time.perf_counter() - start
     if args.json:
         side = "maximize" if hows[0].maximize else "minimize"
@@ -74,8 +70,7 @@ def _sweep(
         parser.error(f"--sweep: {name} has a bound by --max or --min as well; give one of them")
     side = "maximize" if hows[0].maximize else "minimize"
     objective = getattr(hows[0], side)
-    with _silence():
-        series = {how.method: sweep(table, name, values, how, bounds) for how in hows}
+    series = {how.method: sweep(table, name, values, how, bounds) for how in hows}
     if args.plot:
         _write(args.plot, standalone(plot_sweep(name, objective, series)))
     if args.json:
@@ -248,25 +243,6 @@ def _as_text(
         )
     lines.append(f"{len(table.layers)} layers, {sum(map(len, table.layers))} choices, {seconds:.2f} s")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """HiGHS prints a line for its makers now and then, past Python, whatever it is told; JSON stays JSON."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is no standard output
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), 1)
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)  # what C still holds back goes the same way
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _dumps(value: Any) -> str:

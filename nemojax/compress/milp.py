@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +100,7 @@ class Program:
             "primal_feasibility_tolerance": 1e-9,
             "time_limit": max_seconds,
         }
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silence():
             # SciPy hands options that it does not know to HiGHS, and says so
             warnings.simplefilter("ignore", RuntimeWarning)
             result = milp(
@@ -165,3 +169,23 @@ class Program:
         values = np.zeros(self.count)
         values[places] = 1.0
         return values
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """HiGHS prints a line for its makers now and then, past Python, whatever it is told; what
+    prints JSON has to stay JSON."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C still holds back goes the same way
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -7,15 +7,18 @@ scores.json, table.json (the input of the search), solution.json and map.txt.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from nemojax.arch import ArchSpec, BlockSpec
-from nemojax.checkpoints.artifact import load_model, save_params
+from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model
 from nemojax.compress import importance
 from nemojax.compress.assemble import assemble, block_map, child_arch
 from nemojax.compress.baselines import find_within
@@ -29,13 +32,23 @@ from nemojax.compress.space import Space, choice_name, choices
 from nemojax.compress.table import Table
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, train_batches
+from nemojax.data.packing import Batch
 from nemojax.data.sources import input_files
-from nemojax.data.tokenizer import Tokenizer, check_vocab, copy_tokenizer, load_tokenizer
+from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.model.llama import Compute
 from nemojax.rewards.problems import ProblemSet, load_problems
-from nemojax.stage import read_json, run_stage, write_json, write_text
+from nemojax.sharding import MeshConfig, make_mesh, on_primary
+from nemojax.stage import read_json, run_stage, start_artifact, write_json, write_text
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Problems whose reference answers a changed model still has to give."""
+
+    problems: ProblemSet = field(ProblemSet(split="train"), "problems, of the half that models learn from")
+    form: Literal["chat", "text"] = field("chat", "conversations, or lines of text for a parent without chat")
 
 
 @dataclass(frozen=True)
@@ -46,70 +59,87 @@ class Config:
     space: Space = field(Space(), "blocks that a layer may become")
     bld: Bld = field(Bld(), "blockwise local distillation of the library")
     scoring: Scoring = field(Scoring(), "replace-one-block scores")
-    problems: ProblemSet = field(ProblemSet(split="train"), "what accuracy is scored on")
-    asked: Literal["chat", "text"] = field("chat", "problems as conversations, or as lines of text")
+    answers: Answers = field(Answers(), "what accuracy is scored on, in place of texts")
     cost: CostConfig = field(CostConfig(), "costs of a block")
     budget: Budget = field(Budget(), "bounds on the child")
     search: Search = field(Search(), "how the child is searched for")
     compute: Compute = field(Compute(), "precision")
+    mesh: MeshConfig = field(MeshConfig(), "devices")
 
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Compresses in `workdir`, which becomes the child's artifact; returns sizes, score and timings (s)."""
-    return run_stage(
-        "compress",
-        cfg,
-        workdir,
-        [cfg.parent, *input_files(cfg.data.sources)],
-        lambda path: _compress(cfg, path),
-    )
+    inputs = [cfg.parent, *input_files(cfg.data.sources)]
+    return run_stage("compress", cfg, workdir, inputs, lambda path: _compress(cfg, path), many_processes=True)
 
 
 def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
+    mesh = make_mesh(cfg.mesh)
     tokenizer = load_tokenizer(cfg.parent)
-    arch, params = load_model(cfg.parent)
+    arch, params = load_model(cfg.parent, mesh)
     check_vocab(tokenizer, arch)
     if cfg.data.length > arch.context:
         raise ValueError(f"data.length: expected at most the context {arch.context}, got {cfg.data.length}")
     options = choices(cfg.space, arch)
+    kinds = kinds_of(options, arch, cfg.bld.coupled)
     _check_budget(cfg, arch, options)
     clock = Clock()
     with clock("data"):
-        loader = train_batches(cfg.data, tokenizer)
-        ranking = list(take(loader, cfg.importance.batches, "importance.batches"))
-        scoring = _scoring_batches(cfg, tokenizer, loader)
-        start = loader.state()
+        loader = train_batches(cfg.data, tokenizer, jax.process_index(), jax.process_count())
+        ranking = take(loader, cfg.importance.batches, "importance.batches")
+    with clock("importance"):
+        ranks = _importance(cfg, params, arch, ranking, workdir / "importance.npz")
+        for _ in ranking:  # what comes after starts at one place, whatever was read
+            pass
+    scoring = _scoring_batches(cfg, tokenizer, loader)
+    start = loader.state()
 
     def training() -> Iterator[dict]:
         loader.restore(start)
         return loader
 
-    with clock("importance"):
-        ranks = _importance(cfg, params, arch, ranking, workdir / "importance.npz")
-    kinds = kinds_of(options, arch)
     with clock("library"):
-        at, kv_init = workdir / "library", cfg.space.kv_init
         library = build(
-            params, arch, kinds, ranks, training, cfg.bld, at, kv_init=kv_init, compute=cfg.compute
+            cfg.parent if cfg.bld.window else params,
+            arch,
+            kinds,
+            ranks,
+            training,
+            cfg.bld,
+            workdir / "library",
+            kv_init=cfg.space.kv_init,
+            compute=cfg.compute,
+            mesh=mesh,
         )
     with clock("scores"):
         at = workdir / "scores.json"
-        scores = score_into(at, params, arch, options, library, scoring, cfg.scoring, compute=cfg.compute)
+        scores = score_into(
+            at, params, arch, options, library, scoring, cfg.scoring, compute=cfg.compute, mesh=mesh
+        )
     with clock("costs"):
         table = _table(cfg, arch, options, scores, workdir / "table.json")
     with clock("search"):
-        solutions = find_within(table, cfg.budget, cfg.search)
-        solution = solutions[0]
-    child = _child(arch, options, solution)
+        chosen = on_primary(lambda: [asdict(s) for s in find_within(table, cfg.budget, cfg.search)])
+        solutions = [Solution(**{**s, "chosen": tuple(s["chosen"])}) for s in chosen]
+    child = _child(arch, options, solutions[0])
     with clock("assembly"):
-        save_params(workdir, child, assemble(params, arch, child, library))
-        copy_tokenizer(tokenizer.path, workdir / "tokenizer")
-    _write_solutions(workdir, table, solutions, arch, options)
+        save_child(workdir, child, assemble(params, arch, child, library), tokenizer.path)
+    on_primary(lambda: _write_solutions(workdir, table, solutions, arch, options))
     return {
-        **_summary(arch, child, table, solution),
+        **_summary(arch, child, table, solutions[0]),
         "bld": curve_summary(library, kinds),
         "seconds": clock.seconds,
     }
+
+
+def save_child(workdir: Path, child: ArchSpec, params: dict, tokenizer_dir: Path) -> None:
+    """The work directory as the child's artifact; all processes, each with all of the weights."""
+    start_artifact(workdir, child, tokenizer_dir)
+    for step in finished_steps(workdir):
+        on_primary(lambda step=step: shutil.rmtree(workdir / "checkpoints" / str(step)))
+    checkpoints = Checkpoints(workdir, keep_last=1, arch=child)
+    checkpoints.save(0, params)
+    checkpoints.close()
 
 
 class Clock:
@@ -148,26 +178,28 @@ def _check_budget(cfg: Config, arch: ArchSpec, options: Sequence[Sequence[BlockS
     )
 
 
-def _importance(cfg: Config, params: dict, arch: ArchSpec, batches: list[dict], path: Path) -> Importance:
-    if path.is_file():
-        return importance.load(path)
-    ranks = importance.measure(params, arch, batches, cfg.importance, cfg.compute)
-    importance.save(ranks, path)
-    return ranks
+def _importance(cfg: Config, params: dict, arch: ArchSpec, batches: Iterator[dict], path: Path) -> Importance:
+    if not on_primary(path.is_file):
+        wanted = replace(cfg.importance, parts=("ffn", "kv"))  # what blocks are cut by
+        ranks = importance.measure(params, arch, batches, wanted, cfg.compute)
+        on_primary(lambda: importance.save(ranks, path))
+    return importance.load(path)
 
 
-def _scoring_batches(cfg: Config, tokenizer: Tokenizer, texts: Iterator[dict]) -> list[dict]:
+def _scoring_batches(cfg: Config, tokenizer: Tokenizer, texts: Iterator[dict]) -> list[Batch]:
     """What replacements are judged on: calibration texts, or problems where right answers are the measure."""
-    if cfg.scoring.metric == "accuracy":
-        found = answer_batches(
-            load_problems(cfg.problems),
-            tokenizer,
-            batch_size=cfg.data.batch_size,
-            length=cfg.data.length,
-            form=cfg.asked,
-        )
-        return list(take(found, min(cfg.scoring.batches, len(found)), "scoring.batches"))
-    return list(take(texts, cfg.scoring.batches, "scoring.batches"))
+    if cfg.scoring.metric != "accuracy":
+        return list(take(texts, cfg.scoring.batches, "scoring.batches"))
+    found = answer_batches(
+        load_problems(cfg.answers.problems),
+        tokenizer,
+        batch_size=cfg.data.batch_size,
+        length=cfg.data.length,
+        form=cfg.answers.form,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return found[: cfg.scoring.batches]
 
 
 def _table(
@@ -175,15 +207,18 @@ def _table(
 ) -> Table:
     """Scores and costs of every choice, kept so that a restart searches the very same numbers. The column
     `score` is of the metric that is searched for; every metric has one by its own name."""
-    stored = read_json(path)
-    if stored:
-        return Table.from_json(stored)
-    rows = [[{"score": row[cfg.scoring.metric], **row} for row in layer] for layer in scores]
-    table = _costed(arch, options, rows, cfg.cost)
-    judged = {metric: f"{MEANINGS[metric]}, one block replaced" for metric in cfg.scoring.metrics}
-    sources = {"score": judged[cfg.scoring.metric], **judged, **table.provenance}
-    write_json(path, {**table.to_json(), "provenance": sources})
-    return table
+
+    def make() -> dict[str, Any]:
+        if stored := read_json(path):
+            return stored
+        rows = [[{"score": row[cfg.scoring.metric], **row} for row in layer] for layer in scores]
+        table = _costed(arch, options, rows, cfg.cost)
+        judged = {metric: f"{MEANINGS[metric]}, one block replaced" for metric in cfg.scoring.metrics}
+        sources = {"score": judged[cfg.scoring.metric], **judged, **table.provenance}
+        write_json(path, {**table.to_json(), "provenance": sources})
+        return read_json(path) or {}
+
+    return Table.from_json(on_primary(make))
 
 
 def _costed(

@@ -83,12 +83,12 @@ def test_a_process_without_jax(path):
 def test_what_the_solver_prints_stays_out(path):
     """HiGHS writes to the process's output by itself; here C does so in its place."""
     code = (
-        "import ctypes, sys; from nemojax.compress import baselines; from nemojax.cli import main\n"
-        "real = baselines.find_within\n"
-        "def loud(*args):\n"
+        "import ctypes, sys; from scipy import optimize; from nemojax.cli import main\n"
+        "real = optimize.milp\n"
+        "def loud(*args, **options):\n"
         "    ctypes.CDLL(None).printf(b'a line for its makers\\n')\n"
-        "    return real(*args)\n"
-        "baselines.find_within = loud; sys.exit(main())"
+        "    return real(*args, **options)\n"
+        "optimize.milp = loud; sys.exit(main())"
     )
     args = ["search", path, "--minimize=kl", "--max=memory_mib:900", "--json"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
