@@ -68,6 +68,7 @@ class Extras:
     ffn_ratio: float = field(0.5, "that width, a fraction of the parent's")
     fused: str = field("", "layers that lose their attention and are fused, as in 3-8; empty: none")
     random_draws: int = field(3, "random children a budget and seed")
+    max_seconds: float = field(10.0, "time limit of a search")
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,8 @@ class Lab:
     def choose(self, ratio: float, method: Any, minimize: str = "kl", seed: int = 0) -> tuple[int, ...]:
         """The choice by layer within a share of the parent's block parameters."""
         most = self.arch.num_block_params() * ratio + self.table.outside("params")
-        [solution] = find(self.table, method, minimize=minimize, maximum={"params": most}, seed=seed)
+        options = {"seed": seed, "max_seconds": self.cfg.extras.max_seconds}
+        [solution] = find(self.table, method, minimize=minimize, maximum={"params": most}, **options)
         return solution.chosen
 
     def child(self, chosen: tuple[int, ...], library: str) -> tuple[dict, ArchSpec]:
