@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from nemojax.config import to_dict
 from nemojax.log import RunLog
 from nemojax.model.llama import Compute
 from nemojax.sharding import is_primary, on_primary, use_mesh
-from nemojax.stage import read_json, write_json
+from nemojax.stage import locked, read_json, write_json
 
 TRAINING, UNIT, LOG = "training", "unit.json", "log"
 
@@ -146,11 +146,17 @@ class _Builder:
         plan = on_primary(lambda: self._plan(inside))
         if not plan:
             return
-        arch, params = self.parent.arch_of(window), self.parent.params_of(window)
-        before = self.carry.before(number) if self.carry.steps else None
-        for unit in plan:
-            some = [dataclasses.replace(inside[i], layers=tuple(layers)) for i, layers in unit]
-            self._build_unit(arch, params, window.start, before, some)
+        with ExitStack() as held:
+            on_primary(lambda: held.enter_context(self._locked()))
+            arch, params = self.parent.arch_of(window), self.parent.params_of(window)
+            before = self.carry.before(number) if self.carry.steps else None
+            for unit in plan:
+                some = [dataclasses.replace(inside[i], layers=tuple(layers)) for i, layers in unit]
+                self._build_unit(arch, params, window.start, before, some)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        (self.library.dir / TRAINING).mkdir(exist_ok=True)
+        return locked(self.library.dir / TRAINING)
 
     def _plan(self, inside: Sequence[Kind]) -> list[list[list[Any]]]:
         """Units of (index of a kind, layers) that are trained together.
@@ -203,7 +209,7 @@ class _Builder:
         training = self.library.dir / TRAINING
         record = {"recipe": self.recipe, "kinds": [[kind.name, list(kind.layers)] for kind in kinds]}
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-        on_primary(lambda: (training.mkdir(exist_ok=True), write_json(training / UNIT, record))[1])
+        on_primary(lambda: write_json(training / UNIT, record))
         local = [dataclasses.replace(k, layers=tuple(i - offset for i in k.layers)) for k in kinds]
         starts: list[list[dict[Part, str]]] = []
         with ExitStack() as held:
@@ -310,7 +316,8 @@ def curve_summary(library: Library, kinds: Iterable[Kind]) -> dict[str, dict[str
         curves = [library.curve(kind.part, kind.child, layer) for layer in kind.layers]
         row = out.setdefault(kind.name, {"first": [], "last": []})
         for curve in curves:
-            if len(curve):
-                row["first"].append(float(curve[: max(1, len(curve) // 10)].mean()))
-                row["last"].append(float(curve[-max(1, len(curve) // 10) :].mean()))
+            finite = curve[np.isfinite(curve)]  # a step that was not changed nothing
+            if tenth := max(1, finite.size // 10) if finite.size else 0:
+                row["first"].append(float(finite[:tenth].mean()))
+                row["last"].append(float(finite[-tenth:].mean()))
     return out

@@ -25,6 +25,7 @@ from nemojax.compress.window import Parent
 from nemojax.model.llama import param_shardings
 from nemojax.optim import OptimConfig
 from nemojax.sharding import MeshConfig, make_mesh
+from nemojax.stage import locked
 from tests.compress.mixed import MIXED, change, mixed_parent
 from tests.compress.tiny import batches
 from tests.test_processes import free_address
@@ -151,6 +152,23 @@ def test_a_variant_that_is_not_finite_stays_alone(params, ranks, whole):
     assert np.array_equal(trained[0]["attn"]["q"][1], whole.load("attn", Attention(1), 1)["q"])
 
 
+def test_a_step_that_is_not_finite_changes_nothing(params, ranks):
+    """A token whose embedding is not a number: as if its batch had not been drawn, but for the curves."""
+    odd = jax.tree.map(lambda w: w, Parent(params, MIXED).params_of(range(MIXED.num_layers)))
+    odd["embed"] = {"weight": odd["embed"]["weight"].at[63].set(np.nan)}
+    bad = {**DATA[0], "tokens": np.full_like(DATA[0]["tokens"], 63)}
+    decoupled = [kind for kind in KINDS if kind.part != "block"]
+    results = []
+    for order in ([DATA[0], DATA[1], bad, *DATA[2:5]], [*DATA[:5], bad]):
+        first = [init_kind(params, MIXED, kind, ranks) for kind in decoupled]
+        results.append(train(odd, MIXED, decoupled, first, iter(order), BLD))
+    (early, curves), (late, others) = results
+    assert jax.tree.all(jax.tree.map(np.array_equal, early, late))
+    for curve, other in zip(curves, others, strict=True):
+        assert np.isnan(curve[2]).all() and np.isnan(other[5]).all()
+        np.testing.assert_array_equal(np.delete(curve, 2, axis=0), np.delete(other, 5, axis=0))
+
+
 def test_a_variant_that_never_was_finite_is_named_and_the_others_kept(params, ranks, tmp_path):
     def spoil(tree):
         tree["layers"]["1"]["ffn"]["down"][0] = np.nan
@@ -162,7 +180,7 @@ def test_a_variant_that_never_was_finite_is_named_and_the_others_kept(params, ra
         build(broken, ranks, tmp_path)
     library = lib.Library(tmp_path)
     assert library.layers("attn-kv1") == (0,) and library.layers("ffn-ffn12") == (0,)
-    assert not list((tmp_path / "training").glob("*"))
+    assert [p.name for p in (tmp_path / "training").iterdir()] == [".lock"]
 
 
 class Stored:
@@ -287,6 +305,14 @@ def test_on_a_mesh_it_equals_one_device(params, ranks, whole, tmp_path):
     weights: Weights = {"ffn": {"up": np.zeros((2, 16, 13), np.float32)}}
     with pytest.raises(ValueError, match=r"ffn-ffn13/ffn/up: mlp = 13 does not divide over tensor = 2"):
         place_stack(MIXED, odd, weights, mesh)
+
+
+def test_two_runs_do_not_build_one_library_at_once(params, ranks, tmp_path):
+    (tmp_path / "training").mkdir()
+    bld = dataclasses.replace(BLD, steps=0)
+    with locked(tmp_path / "training"), pytest.raises(ValueError, match="training: in use by process"):
+        build(params, ranks, tmp_path, bld)
+    assert build(params, ranks, tmp_path, bld).has(KINDS[0])
 
 
 def test_bad_settings(params, ranks, tmp_path):
