@@ -25,6 +25,7 @@ import numpy as np
 from nemojax import plots
 from nemojax.arch import ArchSpec, BlockSpec, NoOp, SwiGLU, describe
 from nemojax.checkpoints.artifact import load_model, save_params
+from nemojax.compress.measures import in_turn
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, heldout_batches, train_batches
 from nemojax.data.sources import input_files
@@ -209,7 +210,7 @@ def dependency(
         for batch in batches if pairs else ():
             names = ("tokens", "positions", "segments")
             placed = place_batch({name: np.asarray(batch[name]) for name in names}, mesh)
-            distances = dict(_distances(params, arch, runs, placed, compute))
+            distances = dict(_distances(params, arch, runs, placed, compute, mesh))
             sums += np.array(jax.device_get([distances[pair] for pair in pairs]), np.float64)
             tokens += float(np.sum(np.asarray(batch["segments"]) > 0))
     if pairs and not tokens:
@@ -223,7 +224,12 @@ def dependency(
 
 
 def _distances(
-    params: dict, arch: ArchSpec, runs: Sequence[Group], batch: dict, compute: Compute
+    params: dict,
+    arch: ArchSpec,
+    runs: Sequence[Group],
+    batch: dict,
+    compute: Compute,
+    mesh: jax.sharding.Mesh | None,
 ) -> Iterator[tuple[tuple[int, int], jax.Array]]:
     """((i, j), distance summed over the batch's tokens). One stream for each block left out goes along with
     the model's own to the end of the run."""
@@ -236,10 +242,10 @@ def _distances(
             continue
         number, run = where[layer]
         block = partial(_block, arch, run.spec, params["runs"][run_name(number)], run.layers.index(layer))
-        after_BTD = block(h_BTD, batch)
+        after_BTD = in_turn(block(h_BTD, batch), mesh)
         without = {i: h for i, h in without.items() if run_of[i] is run_of.get(layer)}
         for i, other_BTD in without.items():
-            without[i], distance = block(other_BTD, batch, h_BTD, after_BTD)
+            without[i], distance = in_turn(block(other_BTD, batch, h_BTD, after_BTD), mesh)
             yield (i, layer), distance
         if layer in run_of and layer != run_of[layer][-1]:
             without[layer] = h_BTD

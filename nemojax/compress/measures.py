@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec
 from nemojax.data.chat import chat_examples
 from nemojax.data.examples import Example, StoredExamples
+from nemojax.data.mixture import rows_of_process
 from nemojax.data.packing import Batch, packed_batches
 from nemojax.data.problems import Problem, conversation, lines
 from nemojax.data.tokenizer import Tokenizer
@@ -33,6 +35,17 @@ MEANINGS: Mapping[Metric, str] = {
     "accuracy": "fall of the share of documents whose every target is the likeliest token",
 }
 OF_VOCABULARY = ("kl", "lm_loss", "top1", "accuracy")
+
+
+def in_turn(result: Any, mesh: Mesh | None) -> Any:
+    """The result; where devices are threads of one CPU, once it is there.
+
+    Programs that do not depend on each other start on such devices in any order, and each may hold the
+    threads that the other's reductions wait for.
+    """
+    if mesh is not None and mesh.size > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(result)
+    return result
 
 
 @jax.jit
@@ -127,8 +140,9 @@ def answer_batches(
     """Packed rows of problems in which the reference answers alone, and their end, carry weight.
 
     form: a conversation without thinking, or the line `prompt answer` for a parent that knows no chat.
-    Each process gets its rows. ValueError for a problem longer than `length`.
+    Each process gets its rows; ValueError where they do not divide, or for a problem longer than `length`.
     """
+    rows_of_process(batch_size, process_count)
     if form == "chat":
         chats = [conversation(problem, thinking=False) for problem in problems]
         examples, _ = chat_examples(chats, tokenizer, length)

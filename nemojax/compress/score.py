@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
 from nemojax.compress.library import Library
-from nemojax.compress.measures import MEANINGS, Metric, Row, count, sums_of
+from nemojax.compress.measures import MEANINGS, Metric, Row, count, in_turn, sums_of
 from nemojax.compress.subblock import PARTS, Part, Sub, kind_name, part_spec, run_part, sub_of
 from nemojax.config import field
 from nemojax.log import RunLog
@@ -204,7 +204,8 @@ class Walk:
             raise ValueError("scoring: expected calibration batches with target tokens, got none; add data")
         self.streams = [embed(params, batch["tokens"], compute) for batch in self.batches]
         self.parents = [
-            self._behind(h, 0, batch) for h, batch in zip(self.streams, self.batches, strict=True)
+            in_turn(self._behind(h, 0, batch), mesh)
+            for h, batch in zip(self.streams, self.batches, strict=True)
         ]
         self.base: Row = dict.fromkeys(scoring.metrics, 0.0)
         if {"lm_loss", "accuracy"} & self.base.keys():
@@ -218,7 +219,8 @@ class Walk:
             p = self._parent_weights(layer).get(part, {})
             sub = sub_of(self.arch.blocks[layer], part)
             self.streams = [
-                self._run(part, sub, p, h, b) for h, b in zip(self.streams, self.batches, strict=True)
+                in_turn(self._run(part, sub, p, h, b), self.mesh)
+                for h, b in zip(self.streams, self.batches, strict=True)
             ]
 
     def score_layer(self, layer: int, options: Sequence[BlockSpec], library: Library) -> list[Row]:
@@ -256,7 +258,7 @@ class Walk:
                 attn = weights[option]["attn"]
                 mid_BTD = self._run("attn", option.attn, attn, h_BTD, batch)
             out_BTD = self._run("ffn", option.ffn, weights[option]["ffn"], mid_BTD, batch)
-            yield self._behind(out_BTD, layer + 1, batch)
+            yield in_turn(self._behind(out_BTD, layer + 1, batch), self.mesh)
 
     def _weights(
         self, layer: int, options: Sequence[BlockSpec], library: Library
@@ -312,15 +314,9 @@ class Walk:
 
     def _measure(self, finals: Sequence[jax.Array], parent_BTD: jax.Array, batch: dict) -> dict:
         answers = {name: batch[name] for name in ("targets", "weights", "segments")}
-        return sums_of(
-            self.arch,
-            self.scoring.metrics,
-            self.scoring.chunk,
-            self.outer,
-            tuple(finals),
-            parent_BTD,
-            answers,
-        )
+        metrics, chunk = self.scoring.metrics, self.scoring.chunk
+        sums = sums_of(self.arch, metrics, chunk, self.outer, tuple(finals), parent_BTD, answers)
+        return in_turn(sums, self.mesh)
 
     def _means(self, groups: Sequence[Sequence[dict]]) -> list[Row]:
         """Means over all batches, by replacement; the only place that waits for the devices."""

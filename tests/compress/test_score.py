@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,12 +19,14 @@ from nemojax.compress.measures import MEANINGS, answer_batches
 from nemojax.compress.score import TOGETHER, Scoring, score, score_all, score_into
 from nemojax.data.problems import make_problems
 from nemojax.data.tokenizer import train_tokenizer
-from nemojax.model.llama import final_norm, head_weight, hidden, init_params, param_shardings
+from nemojax.model.llama import init_params, param_shardings
 from nemojax.sharding import MeshConfig, make_mesh
 from tests.compress.made import Made
+from tests.compress.numpy_model import forward
 from tests.compress.programs import compiled
 from tests.compress.tiny import ARCH, batches
 
+ROOT = Path(__file__).parents[2]
 FULL = ARCH.blocks[0]
 EVERY = tuple(MEANINGS)
 MIXED = ARCH.replace(
@@ -33,6 +40,7 @@ MIXED = ARCH.replace(
         FULL,
     ),
 )
+SHORT = MIXED.replace(blocks=MIXED.blocks[2:5])
 TIED = MIXED.replace(tie_embeddings=True, blocks=(MIXED.blocks[1], MIXED.blocks[3]))
 
 
@@ -48,13 +56,6 @@ def options_of(arch: ArchSpec) -> list[tuple[BlockSpec, ...]]:
 
 def parent_of(arch: ArchSpec) -> dict:
     return init_params(arch, jax.random.key(0))
-
-
-def forward(params, arch, batch):
-    """(final hidden states, log-probabilities), op by op: cheaper than a program for each child."""
-    with jax.disable_jit():
-        x_BTD = final_norm(params, arch, hidden(params, arch, batch)[0])
-        return x_BTD, jax.nn.log_softmax(x_BTD @ head_weight(params).T)
 
 
 def by_hand(parents, weights, child, data) -> dict[str, float]:
@@ -104,7 +105,7 @@ def test_every_metric_equals_whole_model_replacement(arch):
     seen: dict[str, set] = {metric: set() for metric in EVERY}
     for layer, row in enumerate(options):
         assert got[layer][0] == dict.fromkeys(EVERY, 0.0) and len(got[layer]) == len(row)
-        picked = [choice for choice in row[1:] if choice == whole or row.index(choice) % 4 == 1]
+        picked = [choice for choice in row[1:] if choice == whole or row.index(choice) % 3 == 1]
         for choice in picked:
             child = child_arch(arch, (*arch.blocks[:layer], choice, *arch.blocks[layer + 1 :]))
             want = by_hand(parents, assemble(params, arch, child, library), child, data)
@@ -155,7 +156,7 @@ def test_accuracy_is_that_of_greedy_decoding():
         "positions": np.tile(np.arange(shape[1], dtype=np.int32), (rows, 1)),
         "weights": np.tile((np.arange(shape[1]) >= prompt - 1).astype(np.float32), (rows, 1)),
     }
-    options = [(TIED.blocks[0],), options_of(TIED)[1][::2]]
+    options = [(TIED.blocks[0],), options_of(TIED)[1]]
     got = score(params, TIED, options, library, [batch], Scoring("accuracy"))
     want = []
     for choice in options[1]:
@@ -180,17 +181,17 @@ def test_programs_do_not_grow_with_layers():
 
 
 def test_a_mesh_of_eight_devices_equals_one():
-    params, library = parent_of(MIXED), Made(MIXED)
-    options, data = options_of(MIXED), easy_batches(params, MIXED, 2)
-    one = score_all(params, MIXED, options, library, data, Scoring("kl", EVERY))
+    params, library = parent_of(SHORT), Made(SHORT)
+    options, data = options_of(SHORT), easy_batches(params, SHORT, 2)
+    one = score_all(params, SHORT, options, library, data, Scoring("kl", EVERY))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(params, param_shardings(MIXED, mesh))
-    eight = score_all(placed, MIXED, options, library, data, Scoring("kl", EVERY), mesh=mesh)
+    placed = jax.device_put(params, param_shardings(SHORT, mesh))
+    eight = score_all(placed, SHORT, options, library, data, Scoring("kl", EVERY), mesh=mesh)
     for a, b in zip(one, eight, strict=True):
         assert [pytest.approx(r, abs=1e-5) for r in a] == b
     with pytest.raises(ValueError, match="ffn-ffn15/.*mlp = 15 does not divide over tensor = 2"):
-        odd = [(b, BlockSpec(NoOp(), SwiGLU(15))) for b in MIXED.blocks[:1]]
-        score_all(placed, MIXED, odd, library, data, mesh=mesh)
+        odd = [(b, BlockSpec(NoOp(), SwiGLU(15))) for b in SHORT.blocks[:1]]
+        score_all(placed, SHORT, odd, library, data, mesh=mesh)
 
 
 def test_more_replacements_than_go_together():
@@ -272,3 +273,58 @@ def test_only_answers_carry_weight(form, tmp_path):
         for i in (0, 1)
     ]
     assert np.array_equal(halves[1]["tokens"], batch["tokens"][1::2]) and len(halves[0]["tokens"]) == 2
+
+
+# Scores into a file, each process with its rows of the batches.
+WORKER = """
+import functools, sys
+from pathlib import Path
+import jax
+from nemojax.compress.measures import MEANINGS
+from nemojax.compress.score import Scoring, score_into
+from nemojax.model.llama import init_params, param_shardings
+from nemojax.sharding import make_mesh, start_processes
+from tests.compress.made import Made
+from tests.compress.numpy_model import forward
+from tests.compress.test_score import SHORT, options_of
+from tests.compress.tiny import batches
+
+start_processes()
+mesh, me, count = make_mesh(), jax.process_index(), jax.process_count()
+make = functools.partial(init_params, SHORT)
+params = jax.jit(make, out_shardings=param_shardings(SHORT, mesh))(jax.random.key(0))
+data = [{name: rows[me::count] for name, rows in b.items()} for b in batches(2, rows=8)]
+scoring = Scoring("kl", tuple(MEANINGS))
+score_into(Path(sys.argv[1]), params, SHORT, options_of(SHORT), Made(SHORT), data, scoring, mesh=mesh)
+"""
+
+
+def scored_by(count: int, path: Path) -> tuple[list, list[str]]:
+    """(the rows in the file, what each process said on standard error) of `count` processes, 8 devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}", "PYTHONPATH": str(ROOT)}
+    if count > 1:
+        shared |= {"NEMOJAX_COORDINATOR": address, "NEMOJAX_NUM_PROCESSES": str(count)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(path)],
+            env=os.environ | shared | ({"NEMOJAX_PROCESS_ID": str(index)} if count > 1 else {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, said
+    return list(json.loads(path.read_text()).values()), said
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one_does(tmp_path):
+    one, _ = scored_by(1, tmp_path / "one.json")
+    two, said = scored_by(2, tmp_path / "two.json")
+    for a, b in zip(one, two, strict=True):
+        assert [pytest.approx(r, abs=1e-5) for r in a] == b
+    assert "two 3/3" in said[0] and "two" not in said[1]
