@@ -4,7 +4,7 @@
 
 A parent of 16 layers, dim 256; every layer may become 12 others; KL on one batch of 4 x 128 tokens, f32.
 The straightforward way is one compiled program for each replacement (its architectures differ), with the
-parameters as arguments, the parent's log-probabilities made once before, and no weight copied on the host.
+parameters as arguments, cut at the layer beforehand, and the parent's probabilities made once beforehand.
 The two take turns in one process, both compiled by a first pass, which is counted apart. `ceiling` is the
 ratio of their multiplications; norms, softmax and memory are not in it.
 """
@@ -119,43 +119,62 @@ class Straightforward:
         import jax
         import jax.numpy as jnp
 
+        from nemojax.arch import block_shapes
         from nemojax.compress.subblock import PARTS, sub_of
         from nemojax.model.llama import apply
 
-        self.params, self.batch = params, {k: jnp.asarray(v) for k, v in batch.items()}
-        self.teacher = jax.jit(lambda p, b: jax.nn.log_softmax(apply(p, arch, b)[0]))(params, self.batch)
+        batch = {k: jnp.asarray(v) for k, v in batch.items()}
+        teacher_BTV = jax.jit(lambda p, b: jax.nn.log_softmax(apply(p, arch, b)[0]))(params, batch)
+        self.given = (batch, teacher_BTV, jnp.exp(teacher_BTV))
+        outer = {name: tree for name, tree in params.items() if name != "runs"}
+        [stacked] = params["runs"].values()
         self.programs: list[list[Any]] = []
         for layer, row in enumerate(choices):
+            before, own, after = (
+                jax.tree.map(lambda w, cut=cut: w[cut], stacked)
+                for cut in (slice(layer), layer, slice(layer + 1, None))
+            )
             self.programs.append([])
             for choice in row[1:]:
                 parts = {p: library.load(p, sub_of(choice, p), layer) for p in PARTS}
-                variant = jax.tree.map(jnp.asarray, {p: w for p, w in parts.items() if w})
-                program = jax.jit(partial(whole_model, arch, layer, choice))
-                self.programs[-1].append((program, variant))
+                variant = {**own, **{p: jax.tree.map(jnp.asarray, w) for p, w in parts.items() if w}}
+                variant = {part: variant[part] for part in block_shapes(arch, choice)}
+                program = jax.jit(partial(whole_model, arch, choice))
+                self.programs[-1].append(partial(program, outer, before, variant, after))
 
     def __call__(self) -> list[list[float]]:
-        rows = [[run(self.params, w, self.teacher, self.batch) for run, w in row] for row in self.programs]
+        rows = [[run(*self.given) for run in row] for row in self.programs]
         return [[0.0, *(float(value) for value in row)] for row in rows]
 
 
-def whole_model(arch: Any, layer: int, choice: Any, params: Any, variant: Any, teacher_BTV: Any, batch: Any):
-    """Mean KL(parent || the parent with `choice` in place of `layer`)."""
+def whole_model(
+    arch: Any,
+    choice: Any,
+    outer: Any,
+    before: Any,
+    variant: Any,
+    after: Any,
+    batch: Any,
+    teacher_BTV: Any,
+    p_BTV: Any,
+):
+    """Mean KL(parent || the parent with `choice` between the layers `before` and `after`)."""
     import jax
     import jax.numpy as jnp
 
-    from nemojax.arch import block_shapes
     from nemojax.model.block import apply_block
-    from nemojax.model.layout import layer_params
-    from nemojax.model.llama import apply_blocks, batch_context, embed, head
+    from nemojax.model.llama import batch_context, embed, head
 
     ctx = batch_context(arch, batch)
-    h_BTD = apply_blocks(params, arch, embed(params, batch["tokens"]), ctx, stop=layer)[0]
-    weights = {**layer_params(params, arch, layer), **variant}
-    weights = {part: weights[part] for part in block_shapes(arch, choice)}
-    h_BTD = apply_block(arch, choice, weights, h_BTD, ctx)
-    h_BTD = apply_blocks(params, arch, h_BTD, ctx, start=layer + 1)[0]
-    logp_BTV = jax.nn.log_softmax(head(params, arch, h_BTD))
-    kl_BT = jnp.sum(jnp.exp(teacher_BTV) * (teacher_BTV - logp_BTV), axis=-1)
+
+    def own(h: Any, p: Any) -> tuple[Any, None]:
+        return apply_block(arch, arch.blocks[0], p, h, ctx), None
+
+    h_BTD = jax.lax.scan(own, embed(outer, batch["tokens"]), before)[0]
+    h_BTD = apply_block(arch, choice, variant, h_BTD, ctx)
+    h_BTD = jax.lax.scan(own, h_BTD, after)[0]
+    logp_BTV = jax.nn.log_softmax(head(outer, arch, h_BTD))
+    kl_BT = jnp.sum(p_BTV * (teacher_BTV - logp_BTV), axis=-1)
     return jnp.sum(kl_BT * batch["weights"]) / jnp.sum(batch["weights"])
 
 
