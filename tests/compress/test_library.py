@@ -1,4 +1,4 @@
-"""Blockwise distillation in a stack, scores, costs and assembly."""
+"""Kinds of variants, their library on disk, scores and assembly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemojax.arch import Attention, BlockSpec, Linear, NoOp, SwiGLU, uniform
+from nemojax.arch import Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.checkpoints.artifact import save_params
-from nemojax.compress import cost, importance
+from nemojax.compress import importance
 from nemojax.compress import library as lib
 from nemojax.compress.assemble import assemble, block_map, child_arch
 from nemojax.compress.score import Scoring, score
@@ -196,34 +196,6 @@ def test_a_missing_variant_is_named(setup, tmp_path):
     child = child_arch(ARCH, (FULL, FULL, BlockSpec(Attention(1), FULL.ffn)))
     with pytest.raises(ValueError, match="attn-kv1: layer 2: no such variant"):
         assemble(setup[0], ARCH, child, lib.Library(tmp_path))
-
-
-def test_memory_equals_model_optimizers():
-    llama = uniform(
-        vocab_size=128256,
-        dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        ffn_width=14336,
-        context=8192,
-    )
-    config = cost.CostConfig(batch=96, context=8192)
-    block = cost.counted(llama, llama.blocks[0], config)
-    assert cost.fixed_costs(llama, config)["memory_mib"] + 32 * block["memory_mib"] == pytest.approx(
-        113620.5, abs=0.1
-    )
-
-
-def test_costs_by_block():
-    options = [(FULL, BlockSpec(NoOp(), SwiGLU(24)), BlockSpec(NoOp(), NoOp()))]
-    config = cost.CostConfig(timings=("prefill", "decode"), timing_batch=2, timing_length=8, repeats=2)
-    costs = cost.block_costs(ARCH, options, config)
-    full, half, empty = (costs[option] for option in options[0])
-    assert full["params"] == ARCH.num_block_params() / 3 and half["kv_mib"] == 0 and full["kv_mib"] > 0
-    assert min(full["prefill_ms"], half["prefill_ms"], full["decode_ms"]) > 0
-    assert set(empty.values()) == {0.0}
-    assert cost.provenance(config).keys() == full.keys()
 
 
 @functools.partial(jax.jit, static_argnames="arch")
