@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from nemojax.checkpoints.artifact import load_params
 from nemojax.data.tokenizer import train_tokenizer
 from nemojax.sharding import MeshConfig, make_mesh, on_primary, process_arguments, start_processes
 
@@ -86,6 +88,19 @@ def get_config():
         "data": {{"sources": [{{"name": "sort3", "num": 40}}], "length": 224, "batch_size": 8}}
         | {{"heldout_num": 8}},
         "fit": {{"steps": 10, "log_every": 1}},
+    }}
+"""
+COMPRESS = """
+def get_config():
+    return {{
+        "parent": {parent!r},
+        "data": {{"length": 64, "batch_size": 16}},
+        "space": {{"attn_linear": True, "ffn_ratios": [0.5], "multiple": 8}},
+        "bld": {{"steps": 4}},
+        "importance": {{"batches": 2}},
+        "scoring": {{"batches": 2, "also": ["top1"]}},
+        "cost": {{"timings": []}},
+        "budget": {{"ratio": {{"params": 0.7}}}},
     }}
 """
 # The command line, with the rows of every batch written down; process FAILS fails at its third batch.
@@ -295,3 +310,23 @@ def test_fine_tuning_in_two_processes_equals_one(single, tmp_path):
     assert two.rows() == one.rows() and len(one.losses()) == 10
     np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
     assert result(one)["conversations"] == result(two)["conversations"]
+
+
+@pytest.mark.slow
+def test_a_compression_in_two_processes_equals_one(single, tmp_path):
+    recipe = tmp_path / "compress.py"
+    recipe.write_text(COMPRESS.format(parent=str(single.workdir)))
+    one = Run("compress", tmp_path / "a" / "run", recipe, 1).finish()
+    two = Run("compress", tmp_path / "b" / "run", recipe, 2).finish()
+    tables = [json.loads((run.workdir / "table.json").read_text()) for run in (one, two)]
+    names, scores = (
+        [[choice[key] for layer in table["layers"] for choice in layer] for table in tables]
+        for key in ("name", "score")
+    )
+    assert names[0] == names[1] and len(names[0]) > 2
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
+    assert result(one)["num_params"] == result(two)["num_params"]
+    (arch, child), (other, twin) = (load_params(run.workdir) for run in (one, two))
+    assert arch == other and arch.blocks != load_params(single.workdir)[0].blocks
+    for a, b in zip(jax.tree.leaves(child), jax.tree.leaves(twin), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
