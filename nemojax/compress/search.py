@@ -220,18 +220,19 @@ def infeasible(table: Table, goal: Goal, max_seconds: float) -> str:
     parts = []
     held = " with the others held" if len(goal.bounds) > 1 else ""
     for bound in goal.bounds:
-        others = Goal(goal.column, bounds=tuple(b for b in goal.bounds if b != bound))
-        nearest = Goal(bound.name, greatest=bound.side == "min")
+        others = tuple(b for b in goal.bounds if b != bound)
+        nearest = Goal(bound.name, greatest=bound.side == "min").weights(table)
         asked = f"{bound.name} {bound.side} {bound.value:.10g}"
         word = "least" if bound.side == "max" else "most"
+        note = ""
         try:
-            answer = others.program(table).minimise(nearest.weights(table), max_seconds)
+            answer = Goal(goal.column, bounds=others).program(table).minimise(nearest, max_seconds)
+            if answer is None:  # the others are at odds already: what this one could be alone
+                note = "; the others alone are impossible"
+                answer = Goal(goal.column).program(table).minimise(nearest, max_seconds)
         except OutOfTime:
             parts.append(f"{asked} ({word} possible{held}: not known after {max_seconds:g} s)")
             continue
-        if answer is None:
-            parts.append(f"{asked} (the others alone are impossible)")
-        else:
-            best = table.total(bound.name, answer.chosen)
-            parts.append(f"{asked} ({word} possible{held}: {best:.10g})")
+        best = table.total(bound.name, answer.chosen) if answer else math.nan
+        parts.append(f"{asked} ({word} possible{' alone' if note else held}: {best:.10g}{note})")
     return f"budget: expected bounds that some choice of blocks meets, got {'; '.join(parts)}; relax one"
