@@ -8,6 +8,9 @@ more, which is the least that it needs. Both do the same steps on the same batch
 are compiled and warmed up before, and they take turns; medians over rounds are printed, of tokens that
 variants are trained on per second, of CPU seconds, and of the ratios of neighbouring turns. Then the storage:
 what a library of 500 small variants takes to write and to read, one after the other.
+
+With --rounds=3 --steps=16, on one of two shared cores: 95,008 tokens/s together and 25,077 one by one, 3.80
+times the wall and 3.82 times the CPU seconds; 20 ms to write a variant, 1.3 ms to read one.
 """
 
 import argparse
