@@ -26,6 +26,7 @@ from nemojax.losses.tokens import logits_of, over_chunks
 from nemojax.model.llama import final_norm, head_weight
 
 Metric = Literal["kl", "lm_loss", "cosine", "top1", "accuracy"]
+Form = Literal["chat", "text", "trace"]  # how a problem is put to a model
 Row = dict[str, float]  # one replacement's scores by metric, lower is better
 MEANINGS: Mapping[Metric, str] = {
     "kl": "KL(parent || changed), nats a token",
@@ -133,13 +134,14 @@ def answer_batches(
     *,
     batch_size: int,
     length: int,
-    form: Literal["chat", "text"] = "chat",
+    form: Form = "chat",
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
     """Packed rows of problems in which the reference answers alone, and their end, carry weight.
 
-    form: a conversation without thinking, or the line `prompt answer` for a parent that knows no chat.
+    form: a conversation without thinking; or, for a parent that knows no chat, the line `prompt answer`
+    (`text`) or `prompt working -> answer` (`trace`, where the working carries weight too).
     Each process gets its rows; ValueError where they do not divide, or for a problem longer than `length`.
     """
     rows_of_process(batch_size, process_count)
@@ -147,14 +149,14 @@ def answer_batches(
         chats = [conversation(problem, thinking=False) for problem in problems]
         examples, _ = chat_examples(chats, tokenizer, length)
     else:
-        examples = StoredExamples(_answer_line(problem, tokenizer) for problem in problems)
+        examples = StoredExamples(_answer_line(problem, tokenizer, form) for problem in problems)
     batches = packed_batches(examples, batch_size, length, tokenizer.pad_id, "error")
     mine = slice(process_index, None, process_count)
     return [{name: rows[mine] for name, rows in batch.items()} for batch in batches]
 
 
-def _answer_line(problem: Problem, tokenizer: Tokenizer) -> Example:
-    [line] = lines(problem, "answer")
+def _answer_line(problem: Problem, tokenizer: Tokenizer, form: Literal["text", "trace"]) -> Example:
+    [line] = lines(problem, form)
     prompt, whole = tokenizer.encode(problem.prompt), tokenizer.encode(line)
     same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
     ids = np.asarray([tokenizer.bos_id, *whole, tokenizer.eos_id], np.int32)

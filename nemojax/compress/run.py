@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -25,7 +25,7 @@ from nemojax.compress.baselines import find_within
 from nemojax.compress.cost import CostConfig, block_costs, fixed_costs, provenance, times, tokens_of
 from nemojax.compress.importance import Importance, ImportanceConfig
 from nemojax.compress.library import Bld, build, curve_summary, kinds_of, take
-from nemojax.compress.measures import MEANINGS, Row, answer_batches
+from nemojax.compress.measures import MEANINGS, Form, Row, answer_batches
 from nemojax.compress.score import Scoring, score_into
 from nemojax.compress.search import Budget, Search, Solution
 from nemojax.compress.space import Space, choice_name, choices
@@ -48,7 +48,7 @@ class Answers:
     """Problems whose reference answers a changed model still has to give."""
 
     problems: ProblemSet = field(ProblemSet(split="train"), "problems, of the half that models learn from")
-    form: Literal["chat", "text"] = field("chat", "conversations, or lines of text for a parent without chat")
+    form: Form = field("chat", "conversations; for a parent without chat lines: text, or trace with working")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 A child is walked through half a block at a time with the programs that the scores use too, so that a hundred
 children of as many architectures compile nothing of their own.
-Legend: B batch, T tokens, D model, V vocabulary.
+Legend: B batch, T tokens, D model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.compress.measures import answer_batches, count, sums_of
 from nemojax.compress.subblock import PARTS, layers_of, run_part, sub_of
-from nemojax.data.examples import Example
 from nemojax.data.mixture import TextData, heldout_batches
-from nemojax.data.packing import Batch, row_per_example
-from nemojax.data.problems import lines, make_problems
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.losses.tokens import kl_divergence, token_logps
 from nemojax.model.llama import Compute, embed, final_norm, head_weight
-from nemojax.rewards.problems import ProblemSet
+from nemojax.rewards.problems import ProblemSet, load_problems
 
 
 class Exam:
@@ -43,7 +41,9 @@ class Exam:
         self.texts = [batch for group in heldout_batches(data, tokenizer).values() for batch in group]
         if not self.texts:
             raise ValueError("data: expected held-out texts, got none as every heldout_share is 0; set one")
-        self.questions = question_batches(tokenizer, problems, data.batch_size, data.length)
+        self.questions = answer_batches(
+            load_problems(problems), tokenizer, batch_size=data.batch_size, length=data.length, form="trace"
+        )
         self.outer = {name: value for name, value in params.items() if name != "runs"}
         self.parents = [self._stream(params, arch, batch) for batch in self.texts]
 
@@ -58,9 +58,10 @@ class Exam:
             totals += np.array(_losses(arch, self.arch, outer, self.outer, h_BTD, parent_BTD, batch))
         right = asked = 0.0
         for batch in self.questions:
-            wrong_B = np.asarray(_wrong(arch, outer, self._stream(params, arch, batch), batch))
-            real_B = batch["weights"].sum(1) > 0
-            right, asked = right + float((real_B & (wrong_B == 0)).sum()), asked + float(real_B.sum())
+            h_BTD = self._stream(params, arch, batch)
+            sums = sums_of(arch.replace(blocks=()), ("accuracy",), 0, outer, (h_BTD,), h_BTD, batch)
+            right += float(sums["accuracy"][0])
+            asked += float(count(batch["weights"], batch["segments"])[1])
         return {
             "kl": float(totals[0] / totals[2]),
             "loss": float(totals[1] / totals[2]),
@@ -78,40 +79,6 @@ class Exam:
                 p = weights.get(part, {})
                 h_BTD = run_part(shape, part, sub, p, h_BTD, batch["positions"], batch["segments"])
         return h_BTD
-
-
-def question_batches(tokenizer: Tokenizer, problems: ProblemSet, rows: int, length: int) -> list[Batch]:
-    """A problem a row: only its working, its answer and the end of the text have weight.
-
-    Greedy decoding gives exactly these tokens if and only if each is the likeliest after those before it,
-    so that one forward pass marks them.
-    """
-    examples = list(_examples(tokenizer, problems))
-    examples = [example for example in examples if example.size <= length]
-    blank = Example(examples[0].ids, np.zeros_like(examples[0].weights))
-    examples += [blank] * (-len(examples) % rows)
-    return [
-        row_per_example(examples[i : i + rows], length, tokenizer.pad_id)
-        for i in range(0, len(examples), rows)
-    ]
-
-
-def _examples(tokenizer: Tokenizer, problems: ProblemSet) -> Iterator[Example]:
-    for name in problems.families:
-        for problem in make_problems(name, problems.count, problems.seed, problems.split):
-            [text] = lines(problem, "trace")
-            ids, asked = tokenizer.encode(text), tokenizer.encode(problem.prompt)
-            given = 1 + sum(1 for _ in _same(ids, asked))
-            full = np.asarray([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
-            yield Example(full, (np.arange(len(full)) >= given).astype(np.float32))
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> Iterator[int]:
-    """The beginning that two texts share."""
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            return
-        yield x
 
 
 @partial(jax.jit, static_argnames=("arch", "parent_arch"))
@@ -135,15 +102,3 @@ def _losses(arch: ArchSpec, parent_arch: ArchSpec, *rest: Any) -> list[float]:
     """Sums over a batch: KL, loss, tokens."""
     sums = _sums(arch.replace(blocks=()), parent_arch.replace(blocks=()), *rest)
     return [float(s) for s in sums]
-
-
-@partial(jax.jit, static_argnames="arch")
-def _missed(arch: ArchSpec, outer: dict, h_BTD: jax.Array, batch: dict) -> jax.Array:
-    logits_BTV = jnp.einsum("BTD,VD->BTV", final_norm(outer, arch, h_BTD), head_weight(outer))
-    missed_BT = jnp.argmax(logits_BTV, axis=-1) != batch["targets"]
-    return jnp.sum(missed_BT * batch["weights"], axis=1)
-
-
-def _wrong(arch: ArchSpec, outer: dict, h_BTD: jax.Array, batch: dict) -> jax.Array:
-    """Tokens with weight that are not the likeliest, by row."""
-    return _missed(arch.replace(blocks=()), outer, h_BTD, batch)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -21,11 +21,11 @@ from nemojax.arch import ArchSpec, BlockSpec, NoOp
 from nemojax.checkpoints.artifact import load_model
 from nemojax.compress import fuse, importance
 from nemojax.compress.assemble import assemble, child_arch
-from nemojax.compress.baselines import find
+from nemojax.compress.baselines import METHODS, find
 from nemojax.compress.bld import Bld
 from nemojax.compress.cost import CostConfig, counted, fixed_costs, tokens_of
 from nemojax.compress.cuts import prune_ffn
-from nemojax.compress.importance import Importance, ImportanceConfig
+from nemojax.compress.importance import Importance, ImportanceConfig, Method
 from nemojax.compress.library import Library, build, kinds_of, take
 from nemojax.compress.pattern import layers_in
 from nemojax.compress.score import Scoring, score_into
@@ -46,6 +46,7 @@ from nemojax.train import FitConfig, fit
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+FIRST = "mip first weights"  # the way that assembles the MIP's child of blocks that were not trained
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class Config:
     seeds: tuple[int, ...] = field((0, 1, 2), "seeds")
     compute: Compute = field(Compute(), "precision")
 
+    def __post_init__(self):
+        known = (*METHODS, FIRST)
+        if unknown := sorted(set(self.heal.ways) - set(known)):
+            raise ValueError(f"heal.ways: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        if unknown := sorted(set(self.extras.importance) - set(get_args(Method))):
+            names = ", ".join(get_args(Method))
+            raise ValueError(f"extras.importance: expected some of {names}, got {unknown[0]!r}")
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one, got none")
+
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Returns {"parent": row, "claims": [...]}; the rows are in rows.json, tables for people in table.md."""
@@ -97,6 +108,12 @@ def _study(cfg: Config, workdir: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.parent)
     arch, params = load_model(cfg.parent)
     check_vocab(tokenizer, arch)
+    bare = layers_in(cfg.extras.fused, arch.num_layers) if cfg.extras.fused else ()
+    if cfg.extras.fused and (len(bare) < 3 or bare[-1] - bare[0] >= len(bare)):
+        raise ValueError(
+            "extras.fused: expected 3 neighbouring layers or more, of which the last stays alone, got "
+            f"{cfg.extras.fused!r}"
+        )
     exam = Exam(params, arch, tokenizer, cfg.data, cfg.problems, cfg.compute)
     ledger = Ledger(workdir / "rows.json")
     parent = ledger.row({"group": "parent", "name": "parent"}, lambda: exam(params, arch))
@@ -165,13 +182,13 @@ class Lab:
                 chosen = self.choose(ratio, "random", seed=1000 * self.seed + draw)
                 self._searched(ratio, "random", chosen, draw=draw)
             self._searched(ratio, "mip lm_loss", self.choose(ratio, "mip", minimize="lm_loss"))
-            self._searched(ratio, "mip first weights", self.choose(ratio, "mip"), library="first")
+            self._searched(ratio, FIRST, self.choose(ratio, "mip"), library="first")
 
     def healing(self) -> None:
         """The same short distillation of some children of one budget."""
         ratio = self.cfg.heal.ratio
         for way in self.cfg.heal.ways:
-            name, library = ("mip", "first") if way == "mip first weights" else (way, "bld")
+            name, library = ("mip", "first") if way == FIRST else (way, "bld")
             chosen = self.choose(ratio, name, seed=1000 * self.seed)
             self.ledger.row(
                 self._key("healed", way, ratio=ratio),
@@ -198,10 +215,6 @@ class Lab:
         if not self.cfg.extras.fused:
             return
         bare = layers_in(self.cfg.extras.fused, self.arch.num_layers)
-        if len(bare) < 3:
-            raise ValueError(
-                f"extras.fused: expected at least 3 layers, of which the last stays alone, got {len(bare)}"
-            )
         blocks = tuple(BlockSpec(NoOp(), b.ffn) if i in bare else b for i, b in enumerate(self.arch.blocks))
         steps = self.cfg.heal.steps
         arch = child_arch(self.arch, blocks)

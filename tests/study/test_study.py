@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from nemojax.arch import uniform
 from nemojax.checkpoints.artifact import save_params
 from nemojax.compress.bld import Bld
+from nemojax.compress.measures import answer_batches
 from nemojax.compress.space import Space
 from nemojax.data.mixture import TextData, heldout_batches
 from nemojax.data.problems import lines, make_problems
@@ -22,7 +22,7 @@ from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import init_params
 from nemojax.optim import OptimConfig
 from nemojax.rewards.problems import ProblemSet
-from nemojax.study.exam import Exam, question_batches
+from nemojax.study.exam import Exam
 from nemojax.study.run import Config, Extras, Heal, Ledger, run
 from nemojax.train import lm_loss
 
@@ -63,8 +63,8 @@ def test_the_parent_is_its_own_equal(world):
 def test_problems_are_right_exactly_where_greedy_decoding_is(world):
     """A model trained on half of the problems gets those right, by one forward pass and by asking."""
     _, arch, params, tokenizer, data = world
-    batch = question_batches(tokenizer, PROBLEMS, rows=6, length=48)[0]
-    batch = {**batch, "weights": batch["weights"] * (np.arange(6) < 3)[:, None]}
+    problems = make_problems("sum2", 6, 0, "heldout")
+    [batch] = answer_batches(problems[:3], tokenizer, batch_size=3, length=48, form="trace")
     learnt = {name: jax.numpy.asarray(value) for name, value in batch.items()}
     loss_fn = lm_loss(arch)
 
@@ -80,7 +80,7 @@ def test_problems_are_right_exactly_where_greedy_decoding_is(world):
         params = step(params)
     accuracy = Exam(params, arch, tokenizer, data, PROBLEMS)(params, arch)["accuracy"]
     right = 0
-    for problem in make_problems("sum2", 6, 0, "heldout"):
+    for problem in problems:
         [text] = lines(problem, "trace")
         prompt = [tokenizer.bos_id, *tokenizer.encode(problem.prompt)]
         wanted = [*tokenizer.encode(text), tokenizer.eos_id][len(prompt) - 1 :]
@@ -134,3 +134,19 @@ def test_a_whole_study_stops_and_goes_on(world, tmp_path, monkeypatch):
     assert {c["holds"][-2:] for c in result["claims"]} == {"/2"}
     assert {row["name"] for row in rows if row["group"] == "fusion"} >= {"fused", "unfused, healed on"}
     assert "Claims" in (tmp_path / "run" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heal": Heal(ways=("mip", "best"))}, r"heal.ways: expected some of mip, .*, got 'best'"),
+        ({"extras": Extras(importance=("luck",))}, r"extras.importance: expected some of .*, got 'luck'"),
+        ({"seeds": ()}, "seeds: expected at least one, got none"),
+        ({"extras": Extras(fused="0,1,3")}, r"extras.fused: expected 3 neighbouring layers .*, got '0,1,3'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(world, tmp_path, change, message):
+    root, _, _, _, data = world
+    with pytest.raises(ValueError, match=message):
+        run(Config(parent=str(root / "parent"), data=data, **change), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("seed*"))
