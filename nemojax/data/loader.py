@@ -47,7 +47,11 @@ class Shuffled:
 
 
 class Loader:
-    """An endless iterator of batches; `state()` is JSON-able and `restore` continues bit-identically."""
+    """An endless iterator of batches; `state()` is JSON-able and `restore` continues bit-identically.
+
+    `identity` stands for what decides the endless sequence of rows; `rows` [batch_size] i64 are the numbers
+    of the last batch's rows in it, from 0, whatever the number of processes and the size of a batch.
+    """
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Loader:
         self._packer = Packer(length, lookahead)
         self._rows: list[list[Reference]] = []
         self._used: list[list[Reference]] = []
+        self._made = 0
         identity = [
             seed,
             length,
@@ -86,7 +91,8 @@ class Loader:
             [len(s) for s in sources],
             [float(w) for w in document_weights],
         ]
-        self._identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        self.rows = np.zeros(0, np.int64)
 
     def __iter__(self) -> Loader:
         return self
@@ -98,6 +104,8 @@ class Loader:
             self._draw()
         mine = self._rows[self.process_index : needed : self.process_count]
         self._rows, self._used = self._rows[needed:], mine
+        self.rows = np.arange(self._made + self.process_index, self._made + needed, self.process_count)
+        self._made += needed
         return make_batch([[self._piece(r) for r in row] for row in mine], self.length, self.pad_id)
 
     def _draw(self) -> None:
@@ -120,7 +128,8 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """Where the order, the open rows and the waiting rows stand; the same in every process."""
         return {
-            "identity": self._identity,
+            "identity": self.identity,
+            "made": self._made,
             "order": self._order.get_state(),
             "packer": self._packer.state(),
             "rows": [[list(reference) for reference in row] for row in self._rows],
@@ -128,13 +137,14 @@ class Loader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch that preceded `state()`; ValueError if the data differ."""
-        if state.get("identity") != self._identity:
+        if state.get("identity") != self.identity:
             raise ValueError(
-                f"data state: expected identity {self._identity}, got {state.get('identity')}; the sources, "
+                f"data state: expected identity {self.identity}, got {state.get('identity')}; the sources, "
                 "their weights, seed or length changed, so start a new work directory"
             )
         self._order.set_state(state["order"])
         self._packer.restore(state["packer"])
+        self._made = state["made"]
         self._rows = [[tuple(reference) for reference in row] for row in state["rows"]]
 
 

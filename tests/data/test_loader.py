@@ -34,7 +34,7 @@ def test_resume_is_exact(steps):
     resumed.restore(state)
     for _ in range(12):
         same(next(whole), next(resumed))
-        assert whole.ids == resumed.ids
+        assert whole.ids == resumed.ids and whole.rows.tolist() == resumed.rows.tolist()
     assert whole.state() == resumed.state()
 
 
@@ -55,7 +55,20 @@ def test_processes_share_the_global_batch_row_by_row():
         batch, shards = next(whole), [next(part) for part in parts]
         for process, shard in enumerate(shards):
             same(shard, {key: value[process::3] for key, value in batch.items()})
+            assert parts[process].rows.tolist() == whole.rows[process::3].tolist()
     assert parts[0].state() == parts[2].state()
+
+
+def test_rows_are_numbered_through():
+    """Whatever the batch size: what is kept by row number is found again."""
+    large, small = loader(batch_size=6), loader(batch_size=2)
+    batch = next(large)
+    for first in (0, 2, 4):
+        same(next(small), {key: value[first : first + 2] for key, value in batch.items()})
+        assert small.rows.tolist() == [first, first + 1] and small.rows.dtype == np.int64
+    next(large)
+    assert large.rows.tolist() == list(range(6, 12)) and large.identity == small.identity
+    assert loader(seed=4).identity != large.identity
 
 
 def test_mixture_weights_are_shares_of_tokens():
