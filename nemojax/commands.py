@@ -14,15 +14,18 @@ EXIT_PREEMPTED = 75  # of sysexits.h, "temporary failure": run again to resume
 # command -> (module, summary). A stage's module has a dataclass `Config` and `run(cfg, workdir)`.
 STAGES = {
     "tokenizer": ("nemojax.tokenizer", "train a byte-level BPE tokenizer on a text source"),
+    "tokenize": ("nemojax.tokenize", "text sources to token shards, once"),
     "pretrain": ("nemojax.pretrain", "train a model from scratch, or go on training one"),
     "compress": ("nemojax.compress.run", "score a parent's blocks and search the best child for a budget"),
     "prune": ("nemojax.compress.prune", "cut a parent evenly by importance, without a search"),
     "fuse": ("nemojax.compress.fuse", "runs of feed-forwards without attention as one wide layer"),
     "distill": ("nemojax.distill.distill", "heal a child against its parent"),
+    "cache": ("nemojax.distill.teacher_cache", "a teacher's top-k log-probabilities, kept for distillation"),
     "sft": ("nemojax.sft", "fine-tune on conversations, reasoning on and off"),
     "rl": ("nemojax.rl.grpo", "reinforce on tasks whose answers can be checked (GRPO)"),
     "evaluate": ("nemojax.evaluate.run", "held-out loss, and pass@1 with thinking on and off"),
     "study": ("nemojax.study.run", "ways to compress one parent, compared over several seeds"),
+    "compare": ("nemojax.study.compare", "numbers of several stages, mean and spread over seeds"),
     "report": ("nemojax.report.page", "one self-contained page about a pipeline's results"),
 }
 

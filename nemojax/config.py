@@ -216,6 +216,8 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
 
 
 def _convert_sequence(origin: type, args: tuple, value: Any, where: str) -> Any:
+    if isinstance(value, str | int | float) and not dataclasses.is_dataclass(args[0]):
+        value = [value]  # on a command line `x` is easier to write than a list of one
     if not isinstance(value, list | tuple):
         raise ValueError(f"{where}: expected a list, got {value!r}")
     if origin is tuple and (len(args) != 2 or args[1] is not Ellipsis):

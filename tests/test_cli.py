@@ -151,3 +151,18 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_own_defaults():
     shown = {name: default for name, default, _ in describe(Config)}
     assert shown["problems.split"] == "'train'" and shown["model"] == "required"
     assert shown["optim.schedule"] == "'constant'"
+
+
+def test_one_value_stands_for_a_list_of_one():
+    from nemojax.compress.run import Config
+    from nemojax.config import apply_overrides, from_dict
+
+    values = apply_overrides(
+        {"parent": "p"}, ["scoring.also=top1", "space.kv_heads=1", "space.ffn_ratios=0.5,0.25"]
+    )
+    cfg = from_dict(Config, values)
+    assert (cfg.scoring.also, cfg.space.kv_heads, cfg.space.ffn_ratios) == (("top1",), (1,), (0.5, 0.25))
+    with pytest.raises(ValueError, match=r"data.sources: expected a list, got 'x'"):
+        from_dict(Config, {"parent": "p", "data": {"sources": "x"}})
+    with pytest.raises(ValueError, match=r"space.kv_heads.0: expected int, got 'x'"):
+        from_dict(Config, {"parent": "p", "space": {"kv_heads": "x"}})

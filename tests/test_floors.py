@@ -23,7 +23,7 @@ FLOORS = (
     ("generate", "train"),
     ("stage", "topology", "rewards"),
     ("evaluate",),
-    ("compress", "distill", "tokenizer", "pretrain", "sft", "reward", "curate", "rl"),
+    ("compress", "distill", "tokenizer", "tokenize", "pretrain", "sft", "reward", "curate", "rl"),
     ("plan", "study", "sweep", "pipeline", "report", "serve", "cli"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -79,12 +79,12 @@ def tables(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> str:
     ]
     ratios = sorted({row["ratio"] for row in rows if row["group"] == "search"}, reverse=True)
     if ratios:
-        head = [f"{ratio:.0%}: KL | problems" for ratio in ratios]
+        titles = [f"{ratio:.0%}: KL | problems" for ratio in ratios]
         out += [
             "",
             "Children before distillation, by budget:",
             "",
-            *_head("way", *" | ".join(head).split(" | ")),
+            *head("way", *" | ".join(titles).split(" | ")),
         ]
         out += [_line(rows, "search", name, ratios) for name in _names(rows, "search")]
     for group, title in (
@@ -94,10 +94,10 @@ def tables(rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> str:
     ):
         if names := _names(rows, group):
             [ratio] = {row.get("ratio") for row in rows if row["group"] == group}
-            out += ["", title, "", *_head("way", "KL", "problems")]
+            out += ["", title, "", *head("way", "KL", "problems")]
             out += [_line(rows, group, name, [ratio]) for name in names]
     out += ["", "Claims (gain: how much better, mean [least, most] over seeds):", ""]
-    out += _head("claim", "budget", "measure", "gain", "seeds")
+    out += head("claim", "budget", "measure", "gain", "seeds")
     for c in found:
         budget = f"{c['ratio']:.0%}" if c["ratio"] is not None else ""
         gain = f"{c['gain']:+.4f} [{c['low']:+.4f}, {c['high']:+.4f}]"
@@ -109,7 +109,7 @@ def _names(rows: Sequence[Row], group: str) -> list[str]:
     return list(dict.fromkeys(row["name"] for row in rows if row["group"] == group))
 
 
-def _head(*cells: str) -> list[str]:
+def head(*cells: str) -> list[str]:
     return ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
 
 
@@ -117,12 +117,12 @@ def _line(rows: Sequence[Row], group: str, name: str, ratios: Sequence[float | N
     cells = [name]
     for ratio in ratios:
         kl, accuracy = (values(rows, group, name, m, ratio).values() for m in ("kl", "accuracy"))
-        cells += [_spread(list(kl), "{:.3f}"), _spread([100 * a for a in accuracy], "{:.1f}") + "%"]
+        cells += [spread(list(kl), "{:.3f}"), spread([100 * a for a in accuracy], "{:.1f}") + "%"]
     return "| " + " | ".join(cells) + " |"
 
 
-def _spread(numbers: Sequence[float], form: str) -> str:
+def spread(numbers: Sequence[float], form: str) -> str:
     if not numbers:
         return "–"
-    spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return f"{form.format(statistics.fmean(numbers))} ± {form.format(spread)}"
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return f"{form.format(statistics.fmean(numbers))} ± {form.format(deviation)}"
