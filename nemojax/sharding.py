@@ -1,8 +1,8 @@
 """Processes, mesh axes, the rules that map logical axes onto them, and shardings for whole trees.
 
-Axes: `data` replicates parameters, `fsdp` shards them (both split the batch), `tensor` splits heads,
-feed-forward channels and the vocabulary. "pjit sharding" is `jax.jit(in_shardings=, out_shardings=)`
-under `jax.set_mesh` with Auto axes.
+Axes: `data` replicates parameters, `fsdp` shards them (both split the batch), `context` splits the
+positions of a row, `tensor` splits heads, feed-forward channels and the vocabulary. "pjit sharding" is
+`jax.jit(in_shardings=, out_shardings=)` under `jax.set_mesh` with Auto axes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemojax.config import field
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # logical axis -> mesh axis; an axis that is absent here is never split
 RULES: Mapping[str, str | tuple[str, ...]] = {
     "batch": BATCH_AXES,
+    "length": "context",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -205,13 +206,14 @@ def _line(error: Exception) -> str:
 class MeshConfig:
     data: int = field(1, "devices along the data axis (parameters replicated)")
     fsdp: int = field(-1, "devices along the fsdp axis (parameters sharded); -1 takes what is left")
+    context: int = field(1, "devices along the context axis (positions of a row split)")
     tensor: int = field(1, "devices along the tensor axis (heads, channels and vocabulary split)")
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (default: all). ValueError when the axes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, name) for name in AXES]
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh: expected at most one axis of -1, got {dict(zip(AXES, sizes, strict=True))}")
     known = math.prod(s for s in sizes if s != -1)
@@ -223,11 +225,13 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
             f"{', '.join(f'{n}={s}' for n, s in zip(AXES, sizes, strict=True))}"
         )
     grid = np.asarray(devices).reshape(sizes)
-    if any(len({d.process_index for d in group}) > 1 for group in grid.reshape(-1, sizes[-1])):
+    shared = math.prod(sizes[len(BATCH_AXES) :])
+    if any(len({d.process_index for d in group}) > 1 for group in grid.reshape(-1, shared)):
         # every process reads rows of its own, so the devices that share a row must be of one process
         raise ValueError(
-            f"mesh: expected a tensor axis within the devices of one process, got tensor={sizes[-1]} over "
-            f"{jax.process_count()} processes of {jax.local_device_count()}; choose a smaller one"
+            "mesh: expected a context x tensor axis within the devices of one process, got "
+            f"tensor={sizes[3]}, context={sizes[2]} over {jax.process_count()} processes of "
+            f"{jax.local_device_count()}; choose smaller ones"
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -283,6 +287,12 @@ def shardings_like(tree: Any, params: Any) -> Any:
         return next((p.sharding for p in ends if p is not None and p.shape == leaf.shape), replicated)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def ways_of(logical: str) -> int:
+    """Over how many devices of the mesh in scope a logical axis is split; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(RULES.get(logical), mesh)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

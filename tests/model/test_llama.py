@@ -225,7 +225,7 @@ def value_on(params, mesh):
     return float(loss), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 8, 1), (8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 4), (1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 1, 2)], ids=str)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(params, on_one_device, sizes):
     # MIXED has 1, 2 and 4 KV heads: fewer than the tensor axis are replicated
     loss, grads = on_one_device
@@ -236,7 +236,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(params, on_one_device, siz
 
 
 def test_a_mesh_that_does_not_divide_is_refused_by_name():
-    with pytest.raises(ValueError, match="multiply to 8 devices, got data=1, fsdp=3, tensor=1"):
+    with pytest.raises(ValueError, match="multiply to 8 devices, got data=1, fsdp=3, context=1, tensor=1"):
         make_mesh(MeshConfig(fsdp=3))
     with pytest.raises(ValueError, match="heads = 4 does not divide over tensor = 8"):
         llama.param_shardings(MIXED, make_mesh(MeshConfig(tensor=8)))
