@@ -36,7 +36,10 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weigh
 
 
 class LossFn(Protocol):
-    """(loss summed over tokens, their weight, metrics) of a batch; `frozen` holds what is not trained."""
+    """(loss summed over tokens, their weight, metrics) of a batch; `frozen` holds what is not trained.
+
+    In training, batch["step"] (i32) is the number of optimiser steps before this one, for scheduled losses.
+    """
 
     def __call__(
         self, params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array
@@ -106,7 +109,7 @@ def make_step(
 
     def step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
         key = jax.random.fold_in(state.key, state.step)
-        grads, loss_sum, weight, sums = _gradients(loss_fn, state.params, frozen, batch, key, accumulate)
+        grads, loss_sum, weight, sums = _gradients(loss_fn, state, frozen, batch, key, accumulate)
         scale = 1.0 / jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
@@ -139,17 +142,17 @@ def make_step(
     return step
 
 
-def _gradients(loss_fn: LossFn, params: Params, frozen: Any, batch: Any, key: jax.Array, accumulate: int):
+def _gradients(loss_fn: LossFn, state: TrainState, frozen: Any, batch: Any, key: jax.Array, accumulate: int):
     """Summed gradients, loss, weight and metric sums over the micro-batches of a batch."""
 
     def objective(p: Params, part: Any, k: jax.Array):
-        loss_sum, weight, metrics = loss_fn(p, frozen, part, k)
+        loss_sum, weight, metrics = loss_fn(p, frozen, {**part, "step": state.step}, k)
         return loss_sum, (weight, metrics)
 
     grad_fn = jax.value_and_grad(objective, has_aux=True)
 
     def one(part: Any, k: jax.Array):
-        (loss_sum, (weight, metrics)), grads = grad_fn(params, part, k)
+        (loss_sum, (weight, metrics)), grads = grad_fn(state.params, part, k)
         return grads, loss_sum, weight, metrics
 
     if accumulate == 1:
@@ -252,9 +255,8 @@ class _Loop:
             with _Sigterm() as sigterm, _Profiler(self.cfg.profile_steps, self.workdir) as profiler:
                 for step in range(first + 1, self.cfg.steps + 1):
                     profiler.at(step)
-                    batch = next(self.batches)
-                    self.state, metrics = step_fn(self.state, self.frozen, place_batch(batch, self.mesh))
-                    clock.count(batch)
+                    batch = place_batch(clock.draw(self.batches), self.mesh)
+                    self.state, metrics = step_fn(self.state, self.frozen, batch)
                     # one step late: the host does not wait for the step that it has just started
                     self._check_finite(pending)
                     pending = (step, metrics, list(getattr(self.batches, "ids", [])))
@@ -346,31 +348,36 @@ def flops_per_token(arch: ArchSpec, length: int) -> float:
 
 
 class _Clock:
-    """Tokens per second, share of peak, and the numbers of a log line."""
+    """Tokens per second, share of peak, share of the time that waits for data: numbers of a log line."""
 
     def __init__(self, arch: ArchSpec, cfg: FitConfig, optim: OptimConfig):
         self.arch, self.schedule = arch, make_schedule(optim, cfg.steps)
         self.peak = peak_flops()
-        self.tokens, self.length, self.total = 0, 1, 0
+        self.tokens, self.length, self.waited = 0, 1, 0.0
         self.start = time.perf_counter()
 
-    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+    def draw(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The next batch, counted, and the time that it took."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
         self.tokens += batch["tokens"].size
-        self.total += batch["tokens"].size
         self.length = batch["tokens"].shape[1]
+        return batch
 
     def report(
         self, step: int, metrics: dict[str, jax.Array], state: TrainState, batches: Any
     ) -> dict[str, float]:
         values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "finite"}
         now = time.perf_counter()
-        rate = self.tokens * jax.process_count() / max(now - self.start, 1e-9)
-        self.tokens, self.start = 0, now
+        seconds = max(now - self.start, 1e-9)
+        rate, wait = self.tokens * jax.process_count() / seconds, self.waited / seconds
+        self.tokens, self.waited, self.start = 0, 0.0, now
         values |= {
             "train/lr": float(jnp.asarray(self.schedule(step - 1))),
             "train/skipped": int(state.skipped),
         }
-        values["performance/tokens_per_second"] = rate
+        values |= {"performance/tokens_per_second": rate, "performance/data_wait": wait}
         if self.peak:
             values["performance/mfu"] = rate * flops_per_token(self.arch, self.length) / self.peak
         return values | getattr(batches, "metrics", {})

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from typing import Any
 
 import jax
@@ -90,6 +91,20 @@ def test_accumulation_equals_the_large_batch(accumulate):
     start = params()
     for a, b, s in zip(*map(jax.tree.leaves, (whole, split, start)), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a - s)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_loss_is_told_how_many_steps_were_taken_before(accumulate):
+    def loss_fn(params, frozen, batch, key):
+        told = batch["step"].astype(jnp.float32)
+        return jnp.sum(params["w"] * told), jnp.float32(1.0), {"told": (told, jnp.float32(1.0))}
+
+    tx = optax.sgd(0.1)
+    state = init_state({"w": jnp.ones(())}, tx, jax.random.key(0))
+    step = jax.jit(make_step(loss_fn, tx, accumulate))
+    for number in range(3):
+        state, metrics = step(state, None, next(RandomBatches()))
+        assert float(metrics["told"]) == number
 
 
 def test_z_loss_adds_the_squared_log_normaliser():
@@ -217,6 +232,18 @@ def test_sigterm_saves_and_exits_75(tmp_path):
     assert stop.value.code == 75
     whole = run(tmp_path / "whole", FitConfig(steps=6, log_every=1))
     assert same(run(tmp_path, FitConfig(steps=6, log_every=1)), whole)
+
+
+def test_the_log_says_how_much_of_the_time_waited_for_data(tmp_path):
+    class Slow(RandomBatches):
+        def __next__(self):
+            time.sleep(0.1)
+            return super().__next__()
+
+    run(tmp_path, FitConfig(steps=6, log_every=3), Slow())
+    waits = [row["performance/data_wait"] for row in lines(tmp_path) if "performance/data_wait" in row]
+    assert len(waits) == 3 and all(0 < wait <= 1 for wait in waits)
+    assert waits[0] < 0.5 < waits[-1]  # the first line waited for the compiler
 
 
 def test_profile_writes_a_trace(tmp_path):
