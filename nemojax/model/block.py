@@ -80,7 +80,7 @@ class AttentionBlock(SubBlock):
         q_BTNH = matmul("BTD,DNH->BTNH", x, self.weight("q", x.dtype))
         k_BTKH = matmul("BTD,DKH->BTKH", x, self.weight("k", x.dtype))
         v_BTKH = matmul("BTD,DKH->BTKH", x, self.weight("v", x.dtype))
-        q_BTNH = constrain(q_BTNH, "batch", None, "heads", None)
+        q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         q_BTNH = rotate(q_BTNH, ctx.cos_BTP, ctx.sin_BTP)
         k_BTKH = rotate(k_BTKH, ctx.cos_BTP, ctx.sin_BTP)
         if update is None:
@@ -98,7 +98,7 @@ class SwiGLUBlock(SubBlock):
         x = self.normed(arch, x_BTD)
         gate_BTF = matmul("BTD,DF->BTF", x, self.weight("gate", x.dtype))
         up_BTF = matmul("BTD,DF->BTF", x, self.weight("up", x.dtype))
-        return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", None, "mlp")
+        return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
 
     def project(self, act_BTF: jax.Array) -> jax.Array:
         return matmul("BTF,FD->BTD", act_BTF, self.weight("down", act_BTF.dtype))
@@ -142,12 +142,16 @@ class Block(nnx.Module):
                 heads_BTNH = self.attn.mix(arch, spec.attn, h_BTD, ctx, update)
                 if capture is not None:
                     capture["heads_BTNH"] = heads_BTNH
-                h_BTD = h_BTD + self.attn.project(heads_BTNH)
+                out_BTD = self.attn.project(heads_BTNH)
             case Linear():
-                h_BTD = h_BTD + self.attn(arch, h_BTD)
+                out_BTD = self.attn(arch, h_BTD)
             case NoOp():
-                pass
-        h_BTD = constrain(h_BTD, "batch", None, None)
+                out_BTD = None
+        if out_BTD is not None:
+            h_BTD = h_BTD + out_BTD
+            if capture is not None:
+                capture["attn_BTD"] = out_BTD
+        h_BTD = constrain(h_BTD, "batch", "length", None)
         if capture is not None:
             capture["between_BTD"] = h_BTD
         match spec.ffn:
@@ -160,7 +164,7 @@ class Block(nnx.Module):
                 h_BTD = h_BTD + self.ffn(arch, h_BTD)
             case NoOp():
                 pass
-        return constrain(h_BTD, "batch", None, None)
+        return constrain(h_BTD, "batch", "length", None)
 
 
 @functools.cache
@@ -194,8 +198,8 @@ def apply_block(
 ) -> jax.Array:
     """The block of kind `spec` on the residual stream; returns [B, T, D].
 
-    `capture`, a dict, receives `heads_BTNH` (before the output projection), `between_BTD` (after the
-    attention sub-block) and `act_BTF` (before the down projection), where they exist.
+    `capture`, a dict, receives `heads_BTNH` (before the output projection), `attn_BTD` (what the attention
+    sub-block adds), `between_BTD` (after it) and `act_BTF` (before the down projection), where they exist.
     """
     graph, state = abstract_block(arch, spec)
     state = jax.tree.map(lambda v: v, state)

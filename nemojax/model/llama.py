@@ -27,7 +27,8 @@ from nemojax.model.layout import run_name
 from nemojax.sharding import constrain, shardings_of
 
 Params = dict[str, Any]
-Taps = dict[int, jax.Array]
+Tap = int | tuple[Literal["attn"], int]  # the stream after a layer; what its attention sub-block adds to it
+Taps = dict[Tap, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def head_weight(params: Mapping[str, Any]) -> jax.Array:
 def embed(params: Mapping[str, Any], tokens_BT: jax.Array, compute: Compute = Compute()) -> jax.Array:
     """Token embeddings [B, T, D]."""
     h_BTD = params["embed"]["weight"].astype(compute.dtype)[tokens_BT]
-    return constrain(h_BTD, "batch", None, None)
+    return constrain(h_BTD, "batch", "length", None)
 
 
 def final_norm(params: Mapping[str, Any], arch: ArchSpec, h_BTD: jax.Array) -> jax.Array:
@@ -119,20 +120,21 @@ def apply_blocks(
     *,
     start: int = 0,
     stop: int | None = None,
-    taps: tuple[int, ...] = (),
+    taps: tuple[Tap, ...] = (),
     window: Window | None = None,
     compute: Compute = Compute(),
 ) -> tuple[jax.Array, Taps, Cache | None]:
     """Layers start..stop on the residual stream.
 
-    Returns (h after them, {layer: h after that layer} for the layers in `taps`, cache). An empty layer's
-    tap is the stream at that point. With a window on a cache the tokens are new ones at
+    Returns (h after them, {tap: array} for `taps`, cache). A layer's tap is h after that layer; an empty
+    layer's is the stream at that point. The tap ("attn", layer) is the output of a layer's attention
+    sub-block, which must not be a no-op. With a window on a cache the tokens are new ones at
     `ctx.positions_BT`; their keys and values are written there. `params` may be split by layer
     (`layout.split_layers`), a cache then is too.
     """
     stop = arch.num_layers if stop is None else stop
-    sources = {layer: _last_real_layer(arch, layer, start) for layer in taps}
-    outputs: dict[int | None, jax.Array] = {None: h_BTD}
+    sources = {t: _last_real_layer(arch, t, start) if isinstance(t, int) else t for t in taps}
+    outputs: dict[Tap | None, jax.Array] = {None: h_BTD}
     cache = dict(window.cache) if window is not None else None
     for i, run in enumerate(arch.runs()):
         inside = [j for j, layer in enumerate(run.layers) if start <= layer < stop]
@@ -146,10 +148,16 @@ def apply_blocks(
         if window is not None and cache is not None and name in cache:
             h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, window, name, first)
         else:
-            wanted = [j for j, layer in enumerate(part.layers) if layer in sources.values()]
-            h_BTD, after = _run(arch, part, weights, h_BTD, ctx, compute, bool(wanted))
-            outputs |= {part.layers[j]: after[j] for j in wanted}
-    return h_BTD, {layer: outputs[source] for layer, source in sources.items()}, cache
+            wanted = {
+                tap: (name, j)
+                for j, layer in enumerate(part.layers)
+                for tap, name in ((layer, "after"), (("attn", layer), "attn_BTD"))
+                if tap in sources.values()
+            }
+            names = tuple(sorted({name for name, _ in wanted.values()}))
+            h_BTD, seen = _run(arch, part, weights, h_BTD, ctx, compute, names)
+            outputs |= {tap: seen[name][j] for tap, (name, j) in wanted.items()}
+    return h_BTD, {tap: outputs[source] for tap, source in sources.items()}, cache
 
 
 def apply(
@@ -157,7 +165,7 @@ def apply(
     arch: ArchSpec,
     batch: Mapping[str, jax.Array],
     *,
-    taps: tuple[int, ...] = (),
+    taps: tuple[Tap, ...] = (),
     compute: Compute = Compute(),
 ) -> tuple[jax.Array, Taps]:
     """Logits [B, T, V] f32 and taps for a packed batch (`tokens`, and `positions`, `segments` if packed)."""
@@ -170,7 +178,7 @@ def hidden(
     arch: ArchSpec,
     batch: Mapping[str, jax.Array],
     *,
-    taps: tuple[int, ...] = (),
+    taps: tuple[Tap, ...] = (),
     compute: Compute = Compute(),
 ) -> tuple[jax.Array, Taps]:
     """Residual stream [B, T, D] after all blocks, before the final norm, and taps."""
@@ -196,17 +204,27 @@ def _layers_of(weights: Any, first: int, last: int) -> Any:
 
 
 def _run(
-    arch: ArchSpec, run: Run, weights: Any, h_BTD: jax.Array, ctx: Context, compute: Compute, wanted: bool
-) -> tuple[jax.Array, Any]:
-    def body(h: jax.Array, w: Any) -> tuple[jax.Array, Any]:
-        h = apply_block(arch, run.spec, w, h, ctx)
-        return h, h if wanted else None
+    arch: ArchSpec,
+    run: Run,
+    weights: Any,
+    h_BTD: jax.Array,
+    ctx: Context,
+    compute: Compute,
+    wanted: tuple[str, ...],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """(stream after the run, what is `wanted` of every layer: "after", or a name that a block captures)."""
+
+    def body(h: jax.Array, w: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        seen: dict[str, jax.Array] | None = {} if set(wanted) - {"after"} else None
+        h = apply_block(arch, run.spec, w, h, ctx, capture=seen)
+        return h, {name: h if seen is None or name == "after" else seen[name] for name in wanted}
 
     if isinstance(weights, tuple):
-        outputs = [h_BTD]
+        layers: list[dict[str, jax.Array]] = []
         for w in weights:
-            outputs.append(apply_block(arch, run.spec, w, outputs[-1], ctx))
-        return outputs[-1], outputs[1:]
+            h_BTD, seen = body(h_BTD, w)
+            layers.append(seen)
+        return h_BTD, {name: [seen[name] for seen in layers] for name in wanted}
     match compute.remat:
         case "full":
             body = jax.checkpoint(body, prevent_cse=False)
