@@ -84,6 +84,15 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
     return optax.chain(clip, main)
 
 
+def restart_schedule(opt_state: Any) -> Any:
+    """The same moments with the schedule at its beginning: the optimiser goes on into another phase."""
+
+    def one(node: Any) -> Any:
+        return node._replace(count=node.count * 0) if isinstance(node, optax.ScaleByScheduleState) else node
+
+    return jax.tree.map(one, opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+
+
 def decayed(params: Any) -> Any:
     """True for every weight but the norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) not in ("norm", "scale"), params)

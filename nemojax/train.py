@@ -7,9 +7,10 @@ step by the global weight, so that neither micro-batches nor hosts change the re
 
 from __future__ import annotations
 
+import itertools
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,9 +21,11 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from nemojax.arch import ArchSpec, Attention
-from nemojax.backends.chips import peak_flops
+from nemojax.arch import ArchSpec
+from nemojax.backends.speed import Clock
+from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints
+from nemojax.checkpoints.training import TrainState, init_state
 from nemojax.commands import EXIT_PREEMPTED
 from nemojax.config import field
 from nemojax.log import RunLog
@@ -30,7 +33,7 @@ from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import is_primary, place_batch, shardings_like, use_mesh
+from nemojax.sharding import is_primary, place_batch, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -73,33 +76,12 @@ class FitConfig:
             raise ValueError("steps, accumulate and log_every: expected at least 1")
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    ema: Any
-    key: jax.Array
-    skipped: jax.Array
-
-
 class Preempted(SystemExit):
     """SIGTERM arrived: the state is saved; running the same command again resumes."""
 
     def __init__(self, step: int):
         super().__init__(EXIT_PREEMPTED)
         self.step = step
-
-
-def init_state(
-    params: Params, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False
-) -> TrainState:
-    """The state before the first step; optimiser moments take the sharding of their parameters."""
-    places = shardings_like(jax.eval_shape(tx.init, params), params)
-    opt_state = jax.jit(tx.init, out_shardings=places)(params)
-    copy = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, copy, key, jnp.zeros((), jnp.int32))
 
 
 def make_step(
@@ -205,41 +187,54 @@ def fit(
     mesh: jax.sharding.Mesh | None = None,
     evaluate: Callable[[Params], dict[str, float]] | None = None,
     seed: int = 0,
+    first: int = 0,
+    moments: str | Path | None = None,
 ) -> Params:
-    """Trains to `cfg.steps`, resuming from the newest checkpoint of `workdir`; returns the parameters.
+    """Trains to step `cfg.steps`, resuming from the newest checkpoint of `workdir`; returns the parameters.
+
+    first: the step at which this phase of a longer training begins, with the weights of checkpoint `first`
+    of `workdir`, a schedule and data of its own; the phase before ended there. moments: the artifact whose
+    optimiser goes on where the phase begins, `workdir` for that of the phase before; None: a fresh one.
 
     Raises ValueError when a step is not finite (with the step and the last good checkpoint) and
-    `Preempted` (exit code 75) after SIGTERM.
+    `Preempted` (exit code 75) after SIGTERM, with everything saved.
     """
     workdir = Path(workdir)
+    best = _of_phase(cfg.keep_best, first) if cfg.keep_best else None
     with use_mesh(mesh):
-        tx = make_optimizer(optim, cfg.steps)
+        tx = make_optimizer(optim, cfg.steps - first)
         state = init_state(params, tx, jax.random.key(seed), ema=cfg.ema_decay > 0)
         del params
-        checkpoints = Checkpoints(workdir, keep_last=cfg.keep_last, best=cfg.keep_best or None, arch=arch)
-        state = _restore(checkpoints, state, batches)
-        return _Loop(
-            loss_fn, tx, state, batches, frozen, arch, optim, cfg, workdir, mesh, evaluate, checkpoints
-        ).run()
+        checkpoints = Checkpoints(workdir, keep_last=cfg.keep_last, best=best, arch=arch)
+        newest = checkpoints.latest()
+        if newest is not None and (newest > first or not first):
+            state = training.resume(checkpoints, newest, state, batches)
+        else:
+            state = training.enter_phase(checkpoints, first, state, moments)
+        schedule = make_schedule(optim, cfg.steps - first)
+        loop = _Loop(
+            loss_fn, tx, schedule, state, batches, frozen, cfg, workdir, mesh, evaluate, checkpoints, first
+        )
+        return loop.run(Clock(arch))
 
 
 @dataclass
 class _Loop:
     loss_fn: LossFn
     tx: optax.GradientTransformation
+    schedule: optax.Schedule
     state: TrainState
     batches: Any
     frozen: Any
-    arch: ArchSpec
-    optim: OptimConfig
     cfg: FitConfig
     workdir: Path
     mesh: jax.sharding.Mesh | None
     evaluate: Callable[[Params], dict[str, float]] | None
     checkpoints: Checkpoints
+    first: int
 
-    def run(self) -> Params:
-        first = int(self.state.step)
+    def run(self, clock: Clock) -> Params:
+        done = int(self.state.step)
         if hasattr(self.batches, "bind"):  # RL: batches are sampled from the current weights
             self.batches.bind(lambda: self.state.params)
         step_fn = jax.jit(
@@ -248,31 +243,33 @@ class _Loop:
             out_shardings=(self._places(), None),
         )
         log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()
-        log.truncate(first)
-        clock = _Clock(self.arch, self.cfg, self.optim)
+        log.truncate(done)
         pending: tuple[int, dict[str, jax.Array], list[Any]] | None = None
-        try:
-            with _Sigterm() as sigterm, _Profiler(self.cfg.profile_steps, self.workdir) as profiler:
-                for step in range(first + 1, self.cfg.steps + 1):
-                    profiler.at(step)
-                    batch = place_batch(clock.draw(self.batches), self.mesh)
-                    self.state, metrics = step_fn(self.state, self.frozen, batch)
-                    # one step late: the host does not wait for the step that it has just started
-                    self._check_finite(pending)
-                    pending = (step, metrics, list(getattr(self.batches, "ids", [])))
-                    if step % self.cfg.log_every == 0 or step in (first + 1, self.cfg.steps):
-                        log.write(step, clock.report(step, metrics, self.state, self.batches))
-                    stop = sigterm.stops_at(step)
-                    if self._is_due(step, stop):
-                        self._check_finite(pending)  # a bad step is never saved as a good one
-                        self._validate_and_save(step, log, stop)
-                    if stop and step < self.cfg.steps:
-                        raise Preempted(step)
+        profiler = _Profiler(self.cfg.profile_steps, self.workdir)
+        # the last save is waited for while SIGTERM is still heard: a second one does not break it off
+        with Sigterm() as sigterm, closing(self.checkpoints), closing(log), profiler:
+            for step in range(done + 1, self.cfg.steps + 1):
+                profiler.at(step)
+                batch = place_batch(clock.draw(self.batches), self.mesh)
+                self.state, metrics = step_fn(self.state, self.frozen, batch)
+                # one step late: the host does not wait for the step that it has just started
                 self._check_finite(pending)
-        finally:
-            self.checkpoints.close()
-            log.close()
+                pending = (step, metrics, list(getattr(self.batches, "ids", [])))
+                if step % self.cfg.log_every == 0 or step in (done + 1, self.cfg.steps):
+                    log.write(step, self._values(step, metrics) | clock.report())
+                stop = sigterm.stops_here()
+                if self._is_due(step, stop):
+                    self._check_finite(pending)  # a bad step is never saved as a good one
+                    self._validate_and_save(step, log, stop)
+                if stop:
+                    raise Preempted(step)
+            self._check_finite(pending)
         return self.state.ema if self.state.ema is not None else self.state.params
+
+    def _values(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        values = {f"train/{name}": float(value) for name, value in metrics.items() if name != "finite"}
+        values["train/lr"] = float(jnp.asarray(self.schedule(step - 1 - self.first)))
+        return values | {"train/skipped": int(self.state.skipped)} | getattr(self.batches, "metrics", {})
 
     def _places(self) -> Any:
         """The state stays where it is: left to choose, XLA moves it, and compiles the step once more."""
@@ -306,81 +303,14 @@ class _Loop:
             if scores:
                 log.write(step, scores)
         if last or preempted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
-            self.checkpoints.save(step, *_to_save(self.state), self.batches.state(), scores)
+            scores = {_of_phase(name, self.first): score for name, score in scores.items()}
+            training.save(self.checkpoints, step, self.state, self.batches, scores)
 
 
-def _to_save(state: TrainState) -> tuple[Params, dict[str, Any]]:
-    """(what later stages read, all else that resuming needs): with an average, that is what they read."""
-    rest = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
-    rest["key"] = jax.random.key_data(state.key)
-    if state.ema is None:
-        return state.params, rest
-    return state.ema, rest | {"raw": state.params}
-
-
-def _restore(checkpoints: Checkpoints, state: TrainState, batches: Any) -> TrainState:
-    """The newest checkpoint in the shardings of `state`; `state` itself when there is none."""
-    if (step := checkpoints.latest()) is None:
-        return state
-    main, rest = _to_save(state)
-    main, rest = checkpoints.restore_params(step, main), checkpoints.restore_state(step, rest)
-    if (position := checkpoints.restore_data(step)) is None:
-        raise ValueError(
-            f"{checkpoints.dir}: checkpoint {step}: expected the position in the data, got none; it is not a "
-            "run to resume, so choose another --workdir"
-        )
-    batches.restore(position)
-    params, ema = (main, None) if state.ema is None else (rest["raw"], main)
-    key = jax.random.wrap_key_data(rest["key"])
-    return TrainState(rest["step"], params, rest["opt_state"], ema, key, rest["skipped"])
-
-
-def flops_per_token(arch: ArchSpec, length: int) -> float:
-    """Training FLOPs a token: 6 for every weight in a matmul, and causal attention at `length` tokens."""
-    matmul = arch.num_block_params() + arch.vocab_size * arch.dim
-    attention = 0
-    for block in arch.blocks:
-        match block.attn:
-            case Attention(window=window):
-                seen = min(window or length, length)
-                attention += 12 * arch.num_heads * arch.head_dim * (seen - seen * seen / (2 * length))
-    return 6.0 * matmul + attention
-
-
-class _Clock:
-    """Tokens per second, share of peak, share of the time that waits for data: numbers of a log line."""
-
-    def __init__(self, arch: ArchSpec, cfg: FitConfig, optim: OptimConfig):
-        self.arch, self.schedule = arch, make_schedule(optim, cfg.steps)
-        self.peak = peak_flops()
-        self.tokens, self.length, self.waited = 0, 1, 0.0
-        self.start = time.perf_counter()
-
-    def draw(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The next batch, counted, and the time that it took."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        self.tokens += batch["tokens"].size
-        self.length = batch["tokens"].shape[1]
-        return batch
-
-    def report(
-        self, step: int, metrics: dict[str, jax.Array], state: TrainState, batches: Any
-    ) -> dict[str, float]:
-        values = {f"train/{k}": float(v) for k, v in metrics.items() if k != "finite"}
-        now = time.perf_counter()
-        seconds = max(now - self.start, 1e-9)
-        rate, wait = self.tokens * jax.process_count() / seconds, self.waited / seconds
-        self.tokens, self.waited, self.start = 0, 0.0, now
-        values |= {
-            "train/lr": float(jnp.asarray(self.schedule(step - 1))),
-            "train/skipped": int(state.skipped),
-        }
-        values |= {"performance/tokens_per_second": rate, "performance/data_wait": wait}
-        if self.peak:
-            values["performance/mfu"] = rate * flops_per_token(self.arch, self.length) / self.peak
-        return values | getattr(batches, "metrics", {})
+def _of_phase(metric: str, first: int) -> str:
+    """A metric's name in checkpoints: a phase's best is one of its own, as only these compare."""
+    name, colon, mode = metric.partition(":")
+    return f"{name}@{first}{colon}{mode}" if first else metric
 
 
 class _NoLog:
@@ -391,13 +321,16 @@ class _NoLog:
     def close(self) -> None: ...
 
 
-class _Sigterm:
+class Sigterm:
     """Remembers SIGTERM until the step is over; only the main thread can listen.
 
-    With several processes JAX listens in each of them and finds a step that none has passed.
+    With several processes JAX listens in each of them, and stops all at the step after the furthest one. So
+    steps are numbered through a process, over all of its loops: the next one comes, whichever loop it is of.
     """
 
-    def __enter__(self) -> _Sigterm:
+    _steps = itertools.count(1)
+
+    def __enter__(self) -> Sigterm:
         self.received, self.old = False, None
         if jax.process_count() > 1:
             return self
@@ -407,16 +340,18 @@ class _Sigterm:
             pass
         return self
 
-    def stops_at(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer in every process."""
-        return self.received or multihost_utils.reached_preemption_sync_point(step)
+    def stops_here(self) -> bool:
+        """Whether to stop after this step, asked once a step; the same answer in every process."""
+        return self.received or multihost_utils.reached_preemption_sync_point(next(self._steps))
 
     def _receive(self, *_: Any) -> None:
         self.received = True
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         if self.old is not None:
             signal.signal(signal.SIGTERM, self.old)
+            if self.received and error is None:  # after the last step: for whoever listens now
+                signal.raise_signal(signal.SIGTERM)
 
 
 class _Profiler:

@@ -14,11 +14,13 @@ import optax
 import pytest
 
 from nemojax.arch import uniform
-from nemojax.checkpoints.artifact import Checkpoints
+from nemojax.backends.speed import flops_per_token
+from nemojax.checkpoints import training
+from nemojax.checkpoints.artifact import Checkpoints, save_params
 from nemojax.model import llama
-from nemojax.optim import OptimConfig, make_optimizer, make_schedule
+from nemojax.optim import OptimConfig, make_optimizer, make_schedule, restart_schedule
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
-from nemojax.train import FitConfig, Preempted, fit, flops_per_token, init_state, lm_loss, make_step
+from nemojax.train import FitConfig, Preempted, Sigterm, fit, init_state, lm_loss, make_step
 
 ARCH = uniform(vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=32, context=16)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2)
@@ -67,6 +69,20 @@ def params():
 def run(workdir, cfg=QUIET, batches=None, optim=OPTIM):
     batches = batches or RandomBatches()
     return fit(params(), lm_loss(ARCH), batches, arch=ARCH, optim=optim, cfg=cfg, workdir=workdir)
+
+
+def distance(params, frozen, batch, key):
+    """Of three weights to the mean token of a batch."""
+    target, weight = jnp.mean(batch["tokens"].astype(jnp.float32)) / 32, jnp.sum(batch["weights"])
+    return weight * jnp.sum((params["w"] - target) ** 2), weight, {}
+
+
+def run_small(workdir, last, batches, first=0, moments=None, lr=1e-2, **more):
+    cfg = FitConfig(steps=last, **{"log_every": 1, "checkpoint_every": 2} | more)
+    optim = OptimConfig(lr=lr, warmup_steps=1)
+    start = {"w": jnp.arange(3.0)}
+    fixed: dict[str, Any] = {"arch": ARCH, "optim": optim, "cfg": cfg, "workdir": workdir}
+    return fit(start, distance, batches, **fixed, first=first, moments=moments)
 
 
 def lines(workdir):
@@ -170,14 +186,25 @@ def test_a_bad_step_stops_with_its_place_and_leaves_a_good_checkpoint(tmp_path):
     with pytest.raises(
         ValueError, match=r"step 4: loss nan.*row0 of batch 4,.*last good checkpoint is step 2"
     ) as error:
-        run(tmp_path, batches=RandomBatches(poison=4))
+        run_small(tmp_path, 6, RandomBatches(poison=4))
     assert "\n" not in str(error.value)
 
 
 def test_a_bad_step_can_be_skipped_and_is_counted(tmp_path):
-    end = run(tmp_path, FitConfig(steps=6, log_every=1, on_nonfinite="skip"), RandomBatches(poison=4))
+    end = run_small(tmp_path, 6, RandomBatches(poison=4), on_nonfinite="skip")
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(end))
     assert [row["train/skipped"] for row in lines(tmp_path) if "train/skipped" in row] == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_log_says_how_much_of_the_time_waited_for_data(tmp_path):
+    class Slow(RandomBatches):
+        def __next__(self):
+            time.sleep(0.1)
+            return super().__next__()
+
+    run_small(tmp_path, 6, Slow(), log_every=3)
+    waits = [row["performance/data_wait"] for row in lines(tmp_path) if "performance/data_wait" in row]
+    assert len(waits) == 3 and all(0 < wait <= 1 for wait in waits) and waits[-1] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -213,37 +240,159 @@ def test_resuming_ends_bit_identical(tmp_path, ema, optim):
     assert [row["train/loss"] for row in rows] == losses
 
 
+def test_a_checkpoint_without_its_place_in_the_data_is_not_resumed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, arch=ARCH)
+    checkpoints.save(3, params())
+    checkpoints.close()
+    with pytest.raises(
+        ValueError, match="checkpoint 3: expected the position in the data, got none; .*choose"
+    ):
+        run(tmp_path)
+
+
 def test_average_of_the_weights_is_what_is_returned_and_resumed(tmp_path):
-    cfg = FitConfig(steps=6, log_every=1, checkpoint_every=3, ema_decay=0.5)
-    average = run(tmp_path / "a", cfg)
-    assert not same(average, run(tmp_path / "b"))
-    assert same(run(tmp_path / "a", cfg), average)  # a finished run restores
+    average = run_small(tmp_path / "a", 6, RandomBatches(), ema_decay=0.5)
+    assert not same(average, run_small(tmp_path / "b", 6, RandomBatches()))
+    again = run_small(tmp_path / "a", 6, RandomBatches(), ema_decay=0.5)
+    assert same(again, average)  # a finished run restores
 
 
-def test_sigterm_saves_and_exits_75(tmp_path):
+@pytest.mark.parametrize("number", [2, 5], ids=["in the middle", "in the last step"])
+def test_sigterm_saves_and_exits_75(tmp_path, number):
     class Terminated(RandomBatches):
         def __next__(self):
-            if self.number == 2:
+            if self.number == number:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__next__()
 
     with pytest.raises(Preempted) as stop:
-        run(tmp_path, FitConfig(steps=6, log_every=1), Terminated())
-    assert stop.value.code == 75
-    whole = run(tmp_path / "whole", FitConfig(steps=6, log_every=1))
-    assert same(run(tmp_path, FitConfig(steps=6, log_every=1)), whole)
+        run_small(tmp_path, 6, Terminated())
+    assert (stop.value.code, stop.value.step) == (75, number + 1)
+    assert Checkpoints(tmp_path).latest() == number + 1
+    whole = run_small(tmp_path / "whole", 6, RandomBatches())
+    assert same(run_small(tmp_path, 6, RandomBatches()), whole)
 
 
-def test_the_log_says_how_much_of_the_time_waited_for_data(tmp_path):
-    class Slow(RandomBatches):
+def run_phases(workdir, kill=None, ema=0.0):
+    """Three phases of three steps, with data and learning rates of their own; `kill` is a step."""
+
+    class Killed(RandomBatches):
         def __next__(self):
-            time.sleep(0.1)
+            if 1000 * number + self.number == (None if kill is None else 1000 * (kill // 3) + kill % 3):
+                raise KeyboardInterrupt
             return super().__next__()
 
-    run(tmp_path, FitConfig(steps=6, log_every=3), Slow())
-    waits = [row["performance/data_wait"] for row in lines(tmp_path) if "performance/data_wait" in row]
-    assert len(waits) == 3 and all(0 < wait <= 1 for wait in waits)
-    assert waits[0] < 0.5 < waits[-1]  # the first line waited for the compiler
+    weights = None
+    done = Checkpoints(workdir).latest() or 0
+    for number, moments in enumerate((None, workdir, None)):
+        first = 3 * number
+        if done < first + 3:
+            batches = Killed(rows=2 + number)
+            weights = run_small(
+                workdir, first + 3, batches, first, moments, 0.1 / (1 + number), ema_decay=ema
+            )
+    return weights
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_phases_killed_anywhere_end_in_the_same_bits(tmp_path, ema):
+    whole = run_phases(tmp_path / "whole", ema=ema)
+    rates = [row["train/lr"] for row in lines(tmp_path / "whole")]
+    for number in range(3):  # in each phase the warm-up begins again
+        schedule: Any = make_schedule(OptimConfig(lr=0.1 / (1 + number), warmup_steps=1), 3)
+        assert rates[3 * number : 3 * number + 3] == [float(schedule(step)) for step in range(3)]
+    for kill in (1, 3, 5, 6):  # steps that are done; 3 and 6 are boundaries
+        with pytest.raises(KeyboardInterrupt):
+            run_phases(tmp_path / str(kill), kill, ema)
+        assert same(run_phases(tmp_path / str(kill), ema=ema), whole)
+        rows = lines(tmp_path / str(kill))
+        assert [row["step"] for row in rows] == list(range(1, 10))
+        assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in lines(tmp_path / "whole")]
+
+
+def test_the_best_checkpoint_of_a_phase_is_one_of_its_own(tmp_path):
+    """A phase's losses are of other rows: an earlier phase's best one is dropped, whatever it had."""
+    losses = iter([0.5, 1.0, 1.0, 3.0, 2.0, 2.5, 2.6])
+
+    def evaluate(_):
+        return {"loss": next(losses)}
+
+    for first, last in ((0, 3), (3, 7)):
+        optim = OptimConfig()
+        cfg = FitConfig(
+            steps=last, eval_every=1, checkpoint_every=1, keep_last=1, keep_best="validation/loss:min"
+        )
+        fixed: dict[str, Any] = {"arch": ARCH, "optim": optim, "cfg": cfg, "workdir": tmp_path}
+        fit({"w": jnp.arange(3.0)}, distance, RandomBatches(), **fixed, evaluate=evaluate, first=first)
+        assert Checkpoints(tmp_path).steps() == ([1, 3] if last == 3 else [5, 7])
+
+
+def test_a_signal_that_no_step_has_noticed_is_handed_on():
+    heard = []
+    old = signal.signal(signal.SIGTERM, lambda *_: heard.append("outside"))
+    try:
+        with Sigterm() as sigterm:
+            assert not sigterm.stops_here()
+            signal.raise_signal(signal.SIGTERM)
+            assert sigterm.stops_here() and not heard
+        assert heard == ["outside"]
+        with pytest.raises(Preempted), Sigterm():
+            signal.raise_signal(signal.SIGTERM)
+            raise Preempted(1)
+        assert heard == ["outside"]
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_phase_takes_over_everything_but_data_and_schedule(tmp_path, name):
+    tx = make_optimizer(dataclasses.replace(OPTIM, name=name), 10)
+    fresh = init_state(params(), tx, jax.random.key(1), ema=True)
+    later = dataclasses.replace(
+        fresh,
+        step=jnp.int32(3),
+        skipped=jnp.int32(1),
+        **{
+            part: jax.tree.map(lambda x: x + 2, getattr(fresh, part))
+            for part in ("params", "ema", "opt_state")
+        },
+    )
+    checkpoints = Checkpoints(tmp_path, arch=ARCH)
+    training.save(checkpoints, 3, later, RandomBatches(), {})
+    checkpoints.wait()
+    expected = jax.tree.map(np.array, (later.params, later.ema, restart_schedule(later.opt_state)))
+    counts = [leaf for leaf in jax.tree.leaves(expected[2]) if leaf.shape == ()]
+    assert sorted({int(count) for count in counts}) == [0, 2]  # of the schedule, of the moments
+    for moments, opt_state in ((tmp_path, expected[2]), (None, tx.init(params()))):
+        state = init_state(params(), tx, jax.random.key(1), ema=True)
+        state = training.enter_phase(checkpoints, 3, state, moments)
+        assert (int(state.step), int(state.skipped)) == (3, 1)
+        assert same(state.params, expected[0]) and same(state.ema, expected[1])
+        assert same(state.opt_state, opt_state)
+    checkpoints.close()
+
+
+def test_only_the_state_of_the_same_optimiser_is_carried(tmp_path):
+    adamw, muon = (make_optimizer(dataclasses.replace(OPTIM, name=name), 1) for name in ("adamw", "muon"))
+    save_params(tmp_path / "weights", ARCH, params())
+    with pytest.raises(
+        ValueError, match="weights: expected the optimiser .*, got weights alone; choose .* fresh"
+    ):
+        training.moments_reader(tmp_path / "weights", adamw.init(params()), ARCH)
+    checkpoints = Checkpoints(tmp_path / "run", arch=ARCH)
+    state = init_state(params(), adamw, jax.random.key(0))
+    training.save(checkpoints, 1, state, RandomBatches(), {})
+    checkpoints.close()
+    with pytest.raises(
+        ValueError, match="opt_state/1/.*expected shape .*, got None; .*choose optimizer fresh"
+    ):
+        training.moments_reader(tmp_path / "run", jax.eval_shape(muon.init, params()), ARCH)
+    wider = uniform(
+        vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=48, context=16
+    )
+    other = jax.eval_shape(adamw.init, llama.abstract_params(wider))
+    with pytest.raises(ValueError, match=r"layers/0/ffn/.*expected shape \(.*48.*\), got \(.*32.*\)"):
+        training.moments_reader(tmp_path / "run", other, wider)
 
 
 def test_profile_writes_a_trace(tmp_path):
@@ -270,6 +419,8 @@ def test_on_a_mesh_the_optimiser_lies_with_its_parameters_and_a_step_compiles_on
         moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 2]  # no norms
         assert moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
         places = jax.tree.map(lambda x: x.sharding, state)
+        restarted = restart_schedule(state.opt_state)
+        assert jax.tree.map(lambda x: x.sharding, restarted) == places.opt_state
         step = jax.jit(make_step(lm_loss(ARCH), tx, ema_decay=0.9), out_shardings=(places, None))
         batches = RandomBatches()
         with jax.log_compiles():
