@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nemojax.backends.matmul import matmul
+from nemojax.sharding import ways_of
 
 
 def logits_of(x_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
@@ -23,22 +24,43 @@ def logits_of(x_BTD: jax.Array, w_VD: jax.Array) -> jax.Array:
 
 
 def over_chunks(fn: Callable[..., Any], chunk: int, *arrays: jax.Array) -> Any:
-    """Applies fn to slices of `chunk` positions (axis 1) and joins its [B, C] outputs; 0 is all at once."""
+    """Applies fn to slices of at most `chunk` positions (axis 1) and joins its [B, C] outputs; 0 is all at
+    once. Where positions are split over devices, each has an equal part of every slice."""
     length = arrays[0].shape[1]
     if chunk <= 0 or chunk >= length:
         return fn(*arrays)
-    if length % chunk:
-        raise ValueError(f"loss chunk: expected a divisor of the {length} positions, got {chunk}")
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])
-
+    split, join = pieces(length, chunk, ways_of("length"))
     body = jax.checkpoint(lambda _, xs: (None, fn(*xs)), prevent_cse=False)
     _, outputs = jax.lax.scan(body, None, tuple(split(a) for a in arrays))
     return jax.tree.map(join, outputs)
+
+
+def pieces(
+    length: int, chunk: int, ways: int = 1
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """(split, join): [B, length, ...] into n slices [n, B, C, ...] of at most `chunk` positions, and back.
+
+    The slices are equally long, the last filled up with zeros; 0 makes one. A slice takes as many positions
+    of each of `ways` equal parts of the row.
+    """
+    ways = ways if length % ways == 0 else 1
+    part = length // ways
+    count = min(part, -(-length // chunk)) if chunk > 0 else 1
+    size = -(-part // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], ways, part, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, count * size - part), *((0, 0),) * (x.ndim - 3)))
+        x = jnp.moveaxis(x.reshape(x.shape[0], ways, count, size, *x.shape[3:]), 2, 0)
+        return x.reshape(count, x.shape[1], ways * size, *x.shape[4:])
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(count, x.shape[1], ways, size, *x.shape[3:]), 0, 2)
+        return x.reshape(x.shape[0], ways, count * size, *x.shape[4:])[:, :, :part].reshape(
+            x.shape[0], length, *x.shape[4:]
+        )
+
+    return split, join
 
 
 def token_logps(
