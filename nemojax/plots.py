@@ -261,3 +261,32 @@ def _plain(text: str) -> str:
     """matplotlib would read dollars as mathematics, and hide a legend entry that starts with `_`."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def shares(
+    rows: Sequence[Sequence[float]],
+    columns: Sequence[str],
+    labels: Sequence[str],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> str:
+    """A table of shares (0 to 1) in percent, the cells the darker the larger; the first row is on top."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    figure, axes = _figure(max(1.4, 0.3 * len(rows) + 0.9))
+    shades = LinearSegmentedColormap.from_list("shades", [(*to_rgb(ATTENTION), a) for a in (0.04, 0.8)], N=32)
+    axes.pcolormesh(rows, cmap=shades, vmin=0.0, vmax=1.0)
+    for y, row in enumerate(rows):
+        for x, share in enumerate(row):
+            axes.text(
+                x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=_INK, fontsize=8
+            )
+    axes.set_xticks([n + 0.5 for n in range(len(columns))], [_plain(name) for name in columns])
+    axes.set_yticks([n + 0.5 for n in range(len(labels))], [_plain(name) for name in labels])
+    axes.set_ylim(len(rows), 0)
+    axes.grid(False)
+    axes.set_xlabel(_plain(xlabel))
+    axes.set_ylabel(_plain(ylabel))
+    return _svg(figure, title)
