@@ -103,14 +103,14 @@ class DistillWeights:
     def __post_init__(self):
         weights = [*(getattr(self, term) for term in TERMS), *(ramp.to for ramp in self.ramps)]
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-            raise ValueError("loss: expected weights >= 0, at least one above 0")
+            raise ValueError(f"{', '.join(TERMS)}: expected weights >= 0, at least one above 0")
         if not self.temperature > 0:
-            raise ValueError(f"loss.temperature: expected a positive number, got {self.temperature}")
+            raise ValueError(f"temperature: expected a positive number, got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"loss.top_k: expected 0 or more outcomes, got {self.top_k}")
+            raise ValueError(f"top_k: expected 0 or more outcomes, got {self.top_k}")
         ramped = [ramp.term for ramp in self.ramps]
         if len(set(ramped)) < len(ramped) or not set(ramped) <= set(TERMS):
-            raise ValueError(f"loss.ramps: expected at most one of each of {', '.join(TERMS)}, got {ramped}")
+            raise ValueError(f"ramps: expected at most one of each of {', '.join(TERMS)}, got {ramped}")
 
     @property
     def terms(self) -> tuple[Term, ...]:

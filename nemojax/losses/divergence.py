@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from nemojax.losses.distributions import NEVER, Axes, TopK, axes_of, integrand, mixture
 from nemojax.losses.tokens import logits_of, pieces
-from nemojax.sharding import RULES, ways_of
+from nemojax.sharding import ways_of
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 TERMS = (*DIVERGENCES, "lm")
-# log-probability of what is left out: finite, so that differences of two and products with 0 are too
-NEVER = -1e30
 # least tail mass: below it, what f32 leaves of 1 - (sum of the kept) is rounding
 MIN_TAIL = 2.0**-24
 
@@ -40,13 +39,6 @@ class Head(NamedTuple):
 
     x_BTD: jax.Array
     w_VD: jax.Array
-
-
-class TopK(NamedTuple):
-    """A teacher's most likely next tokens, descending, and their log-probabilities at the temperature."""
-
-    ids_BTK: jax.Array
-    logps_BTK: jax.Array
 
 
 @dataclass(frozen=True)
@@ -121,17 +113,18 @@ def top_k_of(
     matrices = tuple(t.w_VD for t in teachers)
     plan = _plan(matrices[0].shape[0], matrices, how, shares, chunk, ("kl",))
     rows = {"teachers": tuple(t.x_BTD for t in teachers)}
+    axes = axes_of(teachers[0].x_BTD)
 
-    def local(axes: _Axes, rows: Any, matrices: Any) -> Any:
+    def local(rows: Any, matrices: Any) -> Any:
         split, join = pieces(rows["teachers"][0].shape[1], plan.chunk)
 
         def one(_: None, piece: Any) -> tuple[None, Any]:
-            return None, _kept(plan, axes, _mixture(plan, axes, piece["teachers"], matrices))
+            return None, axes.top_k(_teacher(plan, axes, piece["teachers"], matrices), how.top_k)
 
         return jax.tree.map(join, jax.lax.scan(one, None, jax.tree.map(split, rows))[1])
 
-    over = ("batch", "length")
-    return _on_mesh(local, (over, ("vocab",)), over, rows, _cast(plan, rows, matrices))
+    matrices = _cast(plan, rows["teachers"], matrices)
+    return _on_mesh(axes, local, (axes.of_rows, axes.of_matrix), axes.of_rows, rows, matrices)
 
 
 class _Plan(NamedTuple):
@@ -144,14 +137,6 @@ class _Plan(NamedTuple):
     num_ids: int  # the student's vocabulary
     compared: int  # ids that are compared, the first ones
     num_rows: int  # rows of the matrices as they are computed with: the vocabulary, so that devices divide it
-
-
-class _Axes(NamedTuple):
-    """Names of the mesh axes in scope, none without a mesh."""
-
-    rows: tuple[str, ...] = ()  # over which batch and length are split
-    vocab: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ()  # over which a matrix's gradient ends up split, some of `rows`
 
 
 def _plan(
@@ -196,7 +181,7 @@ def _first(cached: TopK, k: int) -> TopK:
             f"top_k: expected 1 to {held}, the outcomes that are cached of the teacher, got {k}; set it, or "
             "cache anew"
         )
-    return TopK(cached.ids_BTK[..., :k], cached.logps_BTK[..., :k])
+    return TopK(cached.ids_BTK[..., :k], cached.logps_BTK[..., :k].astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -229,11 +214,10 @@ def _run(
     coefs: jax.Array,
 ) -> tuple[Any, ...]:
     """(loss, sums, gradient of x, gradient of w), the last two None without `gradients`."""
-    dtype, num_ids, dim = w_VD.dtype, *w_VD.shape
-    w_VD, *matrices = _cast(plan, {"teachers": (x_BTD, *rows.get("teachers", ()))}, (w_VD, *matrices))
-    over, is_split = ("batch", "length"), dim % ways_of("embed") == 0
+    dtype, num_ids, axes = w_VD.dtype, w_VD.shape[0], axes_of(x_BTD)
+    w_VD, *matrices = _cast(plan, (x_BTD, *rows.get("teachers", ())), (w_VD, *matrices))
 
-    def local(axes: _Axes, x: Any, w: Any, rows: Any, matrices: Any, coefs: Any) -> tuple[Any, ...]:
+    def local(x: Any, w: Any, rows: Any, matrices: Any, coefs: Any) -> tuple[Any, ...]:
         split, join = pieces(x.shape[1], plan.chunk)
         chunk = functools.partial(_chunk, plan, axes, w, matrices, coefs)
 
@@ -247,21 +231,23 @@ def _run(
         dw, (loss, sums, dx) = jax.lax.scan(body, dw, jax.tree.map(split, (x, rows)))
         loss, sums = jax.tree.map(lambda s: jax.lax.psum(jnp.sum(s), axes.rows), (loss, sums))
         if gradients:
-            dx, others = join(dx), tuple(a for a in axes.rows if not is_split or a not in axes.embed)
-            if is_split and axes.embed:
+            dx, others = join(dx), tuple(name for name in axes.rows if name not in axes.embed)
+            if axes.embed:
                 dw = jax.lax.psum_scatter(dw, axes.embed, scatter_dimension=1, tiled=True)
             dw = jax.lax.psum(dw, others)
         return loss, sums, dx, dw
 
-    ins = (over, ("vocab",), over, ("vocab",), ())
-    outs = ((), (), over, ("vocab", "embed" if is_split else None))
-    loss, sums, dx_BTD, dw_VD = _on_mesh(local, ins, outs, x_BTD, w_VD, rows, tuple(matrices), coefs)
+    everywhere = PartitionSpec()
+    ins = (axes.of_rows, axes.of_matrix, axes.of_rows, axes.of_matrix, everywhere)
+    outs = (everywhere, everywhere, axes.of_rows, axes.of_gradient)
+    out = _on_mesh(axes, local, ins, outs, x_BTD, w_VD, rows, tuple(matrices), coefs)
+    loss, sums, dx_BTD, dw_VD = out
     return loss, sums, dx_BTD, dw_VD[:num_ids] if gradients else None
 
 
 def _chunk(
     plan: _Plan,
-    axes: _Axes,
+    axes: Axes,
     w_VD: jax.Array,
     matrices: Sequence[jax.Array],
     coefs: jax.Array,
@@ -273,10 +259,10 @@ def _chunk(
     against = None
     if "compared" in rows:
         kept = rows.get("cached")
-        logp_BCV = None if kept else _mixture(plan, axes, rows["teachers"], matrices)
+        logp_BCV = None if kept else _teacher(plan, axes, rows["teachers"], matrices)
         if plan.how.top_k:
-            kept = kept or _kept(plan, axes, logp_BCV)
-            logp_BCV = _spread(plan, axes, kept, w_VD.shape[0])
+            kept = kept or axes.top_k(logp_BCV, plan.how.top_k)
+            logp_BCV = axes.spread(kept, w_VD.shape[0])
         against = logp_BCV, kept
 
     def total(logits_BCV: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -296,128 +282,46 @@ def _chunk(
     return loss, sums, dx_BCD, jnp.einsum("BCV,BCD->VD", g_BCV, x_BCD, preferred_element_type=jnp.float32)
 
 
-def _values(plan: _Plan, axes: _Axes, logits_BCV: jax.Array, against: Any, rows: Any) -> dict[str, jax.Array]:
+def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: Any) -> dict[str, jax.Array]:
     """Terms and metrics at every position, [B, C] f32, and `scale`, by which positions are weighted."""
     how, values = plan.how, {}
     if "lm" in plan.terms:
-        logits = _only(plan.num_ids, axes, logits_BCV)
-        hit_BCV = _ids(axes, logits.shape[-1]) == rows["targets"][..., None]
-        picked_BC = jax.lax.psum(jnp.sum(jnp.where(hit_BCV, logits, 0.0), -1), axes.vocab)
-        values["lm"] = _logsumexp(axes, logits) - picked_BC
+        all_BCV = axes.only(plan.num_ids, logits_BCV)
+        values["lm"] = axes.logsumexp(all_BCV) - axes.pick(all_BCV, rows["targets"])
     if against is None:
         return values
     p_BCV, kept = against
-    q_BCV = _log_softmax(axes, _only(plan.compared, axes, logits_BCV / how.temperature))
-    best_BC, own_best_BC = _max(axes, p_BCV), _max(axes, q_BCV)
-    same_BC = _max(axes, jnp.where(p_BCV >= best_BC[..., None], q_BCV, NEVER)) >= own_best_BC
+    q_BCV = axes.log_softmax(axes.only(plan.compared, logits_BCV / how.temperature))
+    best_BC, outcomes = axes.max(p_BCV), plan.compared
+    agrees_BC = axes.max(jnp.where(p_BCV >= best_BC[..., None], q_BCV, NEVER)) >= axes.max(q_BCV)
     tails = None
     if kept is not None:
-        is_kept_BCV = p_BCV > NEVER / 2
-        mass_BC = jnp.sum(jnp.exp(kept.logps_BTK), axis=-1)
-        tails = (
-            jnp.log(jnp.maximum(1 - mass_BC, MIN_TAIL)),
-            _logsumexp(axes, jnp.where(is_kept_BCV, NEVER, q_BCV)),
-        )
+        outcomes, is_kept_BCV = how.top_k + 1, p_BCV > NEVER / 2
+        tail_BC = jnp.maximum(1 - jnp.sum(jnp.exp(kept.logps_BTK), axis=-1), MIN_TAIL)
+        tails = jnp.log(tail_BC), axes.logsumexp(jnp.where(is_kept_BCV, NEVER, q_BCV))
         q_BCV = jnp.where(is_kept_BCV, q_BCV, NEVER)
 
     def measure(name: str) -> jax.Array:
-        at_BC = jax.lax.psum(jnp.sum(_integrand(name, p_BCV, q_BCV, how.beta), -1), axes.vocab)
-        return at_BC if tails is None else at_BC + _integrand(name, *tails, how.beta)
+        at_BC = axes.sum(integrand(name, p_BCV, q_BCV, how.beta))
+        return at_BC if tails is None else at_BC + integrand(name, *tails, how.beta)
 
     values |= {name: measure(name) * how.temperature**2 for name in plan.terms if name != "lm"}
-    entropy_BC = measure("entropy")
-    outcomes = plan.compared if kept is None else how.top_k + 1
-    scales = {"entropy": entropy_BC / math.log(outcomes), "confidence": jnp.exp(best_BC)}
-    if how.weighting != "uniform":
-        values["scale"] = scales[how.weighting]
-    return values | {"teacher_entropy": entropy_BC, "agreement": same_BC.astype(jnp.float32)}
-
-
-def _integrand(name: str, p: jax.Array, q: jax.Array, beta: float) -> jax.Array:
-    """What sums over outcomes to a divergence, from log-probabilities of teacher and student."""
-    if name == "jsd" and beta in (0.0, 1.0):
-        name = "reverse_kl" if beta else "kl"
-    match name:
-        case "kl":
-            return jnp.exp(p) * (p - q)
-        case "reverse_kl":
-            return jnp.exp(q) * (q - p)
-        case "jsd":
-            m = jnp.logaddexp(math.log(beta) + p, math.log1p(-beta) + q)
-            return beta * jnp.exp(p) * (p - m) + (1 - beta) * jnp.exp(q) * (q - m)
+    values |= {"teacher_entropy": measure("entropy"), "agreement": agrees_BC.astype(jnp.float32)}
+    match how.weighting:
         case "entropy":
-            return -jnp.exp(p) * p
-    raise AssertionError(name)
+            values["scale"] = values["teacher_entropy"] / math.log(outcomes)
+        case "confidence":
+            values["scale"] = jnp.exp(best_BC)
+    return values
 
 
-def _mixture(plan: _Plan, axes: _Axes, xs: Sequence[jax.Array], matrices: Sequence[jax.Array]) -> jax.Array:
+def _teacher(plan: _Plan, axes: Axes, xs: Sequence[jax.Array], matrices: Sequence[jax.Array]) -> jax.Array:
     """Log-probabilities of the mixed teachers on this device's part of the vocabulary, [B, C, V]."""
-    mixed = None
-    for x_BCE, w_VE, share in zip(xs, matrices, plan.shares, strict=True):
-        logits_BCV = _only(plan.compared, axes, logits_of(x_BCE, w_VE) / plan.how.temperature)
-        logp_BCV = _log_softmax(axes, logits_BCV)
-        if len(xs) > 1:
-            logp_BCV = logp_BCV + math.log(share)
-        mixed = logp_BCV if mixed is None else jnp.logaddexp(mixed, logp_BCV)
-    assert mixed is not None
-    return mixed
+    logits = (logits_of(x, w) / plan.how.temperature for x, w in zip(xs, matrices, strict=True))
+    return mixture((axes.log_softmax(axes.only(plan.compared, one)) for one in logits), plan.shares)
 
 
-def _kept(plan: _Plan, axes: _Axes, logp_BCV: jax.Array) -> TopK:
-    """The k most likely outcomes over all devices, descending; among equals the lower id comes first."""
-    k = plan.how.top_k
-    logps, ids = jax.lax.top_k(logp_BCV, min(k, logp_BCV.shape[-1]))
-    ids = ids + _ids(axes, logp_BCV.shape[-1])[0]
-    if axes.vocab:
-        ways, here = ways_of("vocab"), jax.lax.axis_index(axes.vocab)
-
-        def gathered(x: jax.Array) -> jax.Array:
-            # a sum of what is nothing elsewhere: every device gets all, and knows that all have the same
-            everywhere = jnp.zeros((*x.shape[:2], ways, x.shape[2]), x.dtype).at[:, :, here].set(x)
-            return jax.lax.psum(everywhere, axes.vocab).reshape(*x.shape[:2], -1)
-
-        logps, order = jax.lax.top_k(gathered(logps), k)
-        ids = jnp.take_along_axis(gathered(ids), order, axis=-1)
-    return TopK(ids, logps)
-
-
-def _spread(plan: _Plan, axes: _Axes, kept: TopK, size: int) -> jax.Array:
-    """Kept log-probabilities at their place in this device's `size` ids, NEVER at all others, [B, C, V]."""
-    places = kept.ids_BTK - _ids(axes, size)[0]
-    places = jnp.where(places < 0, size, places)  # a negative index would count from the end
-    b, c = kept.ids_BTK.shape[:2]
-    at = (jnp.arange(b)[:, None, None], jnp.arange(c)[None, :, None], places)
-    return jnp.full((b, c, size), NEVER).at[at].set(kept.logps_BTK, mode="drop")
-
-
-def _ids(axes: _Axes, size: int) -> jax.Array:
-    """The ids of this device's part of the vocabulary."""
-    first = jax.lax.axis_index(axes.vocab) * size if axes.vocab else 0
-    return first + jnp.arange(size)
-
-
-def _only(count: int, axes: _Axes, logits_BCV: jax.Array) -> jax.Array:
-    """Logits of which all but the first `count` ids of the vocabulary are impossible."""
-    size = logits_BCV.shape[-1]
-    if count == size * (ways_of("vocab") if axes.vocab else 1):
-        return logits_BCV
-    return jnp.where(_ids(axes, size) < count, logits_BCV, NEVER)
-
-
-def _max(axes: _Axes, x_BCV: jax.Array) -> jax.Array:
-    return jax.lax.pmax(jnp.max(jax.lax.stop_gradient(x_BCV), axis=-1), axes.vocab)
-
-
-def _logsumexp(axes: _Axes, x_BCV: jax.Array) -> jax.Array:
-    top_BC = _max(axes, x_BCV)
-    return top_BC + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(x_BCV - top_BC[..., None]), -1), axes.vocab))
-
-
-def _log_softmax(axes: _Axes, x_BCV: jax.Array) -> jax.Array:
-    return x_BCV - _logsumexp(axes, x_BCV)[..., None]
-
-
-def _cast(plan: _Plan, rows: Any, matrices: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def _cast(plan: _Plan, xs: Sequence[jax.Array], matrices: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Matrices in the dtypes of their hidden states and with the plan's rows, before they cross devices."""
 
     def one(x: jax.Array, w_VD: jax.Array) -> jax.Array:
@@ -425,23 +329,9 @@ def _cast(plan: _Plan, rows: Any, matrices: Sequence[jax.Array]) -> tuple[jax.Ar
         w_VD = w_VD[: plan.num_rows].astype(x.dtype)
         return jnp.pad(w_VD, ((0, missing), (0, 0))) if missing > 0 else w_VD
 
-    return tuple(one(x, w) for x, w in zip(rows["teachers"], matrices, strict=True))
+    return tuple(one(x, w) for x, w in zip(xs, matrices, strict=True))
 
 
-def _on_mesh(fn: Any, ins: Any, outs: Any, *arrays: Any) -> Any:
-    """fn(axes, *arrays) on every device's part of the arrays; `ins`, `outs`: logical axes of each."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return fn(_Axes(), *arrays)
-
-    def names(logical: str) -> tuple[str, ...]:
-        target = RULES[logical]
-        return (target,) if isinstance(target, str) else tuple(target)
-
-    def spec(logical: Any) -> Any:
-        if all(isinstance(name, str | None) for name in logical):
-            return PartitionSpec(*(RULES[name] if name else None for name in logical))
-        return tuple(spec(one) for one in logical)
-
-    axes = _Axes(names("batch") + names("length"), names("vocab"), names("embed"))
-    return jax.shard_map(functools.partial(fn, axes), in_specs=spec(ins), out_specs=spec(outs))(*arrays)
+def _on_mesh(axes: Axes, fn: Any, ins: Any, outs: Any, *arrays: Any) -> Any:
+    """`fn` on every device's part of the arrays; `ins`, `outs`: their partitions."""
+    return jax.shard_map(fn, in_specs=ins, out_specs=outs)(*arrays) if axes.vocab else fn(*arrays)
