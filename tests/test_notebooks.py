@@ -10,7 +10,11 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 TIMEOUT = 1800  # seconds a cell
-SHOWN = {"quickstart": (2, "report.html"), "puzzle": (3, "child/arch.json")}  # pictures, a file left
+SHOWN = {  # pictures, a file left
+    "quickstart": (2, "report.html"),
+    "puzzle": (3, "child/arch.json"),
+    "distillation": (2, "compare/table.md"),
+}
 
 
 def read(path: Path):
