@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from nemojax.model.layout import run_name
 from nemojax.model.llama import Compute, batch_context, embed
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import place_batch, shardings_like, shardings_of, use_mesh
+from nemojax.train import Preempted, Sigterm
 
 Weights = dict[Part, dict[str, Any]]  # of a variant, or of a stack of them: its parts, their weights
 OnStep = Callable[[int, list[np.ndarray]], None]  # (step, losses [L] by kind)
@@ -53,7 +55,9 @@ class Bld:
     together: int = field(0, "kinds trained from one parent forward, and saved together; 0: all of them")
     side_by_side: int = field(0, "variants of a stack in one matmul; 0: one on a CPU, else the whole stack")
     window: int = field(0, "layers of the parent on the devices at once; 0: all of them")
-    checkpoint_every: int = field(1000, "steps between checkpoints of the variants in training; 0 makes none")
+    checkpoint_every: int = field(
+        1000, "steps between checkpoints of the variants in training; 0 saves when stopped by SIGTERM only"
+    )
     optim: OptimConfig = field(OptimConfig(lr=1e-3, warmup_steps=4, weight_decay=0.0), "its optimiser")
 
     def __post_init__(self):
@@ -123,7 +127,8 @@ def train(
     that are drawn are the next `steps` (default: `bld.steps`). before [steps, B, T, D]: the stream that
     enters the first layer, by batch, in place of embeddings. saving: a folder for the checkpoints of
     `bld.checkpoint_every`; a training that is found there goes on, to the same bits, with `batches` at the
-    beginning as before. on_step: told each step's losses, one step late. ValueError for too few batches.
+    beginning as before. on_step: told each step's losses, one step late. ValueError for too few batches,
+    `Preempted` (exit code 75) after SIGTERM, with everything saved that has a folder to go to.
     """
     steps = bld.steps if steps is None else steps
     if not steps or not kinds:
@@ -150,8 +155,11 @@ class _Loop:
     def run(self, stacks: list[Weights], batches: Any) -> tuple[list[Weights], list[np.ndarray]]:
         tx = make_optimizer(self.bld.optim, self.steps)
         state = [(w, self._init_optimizer(tx, w)) for w in stacks]
-        saved = self._open()
-        try:
+        with ExitStack() as held:
+            sigterm = held.enter_context(Sigterm())
+            saved = None if self.saving is None else Checkpoints(self.saving, keep_last=1)
+            if saved is not None:
+                held.callback(saved.close)
             first, curves = 0, []
             if saved is not None and (step := saved.latest()) is not None:
                 state, curves, batches = self._restore(saved, step, state, batches)
@@ -176,14 +184,14 @@ class _Loop:
                 # one step late: the host does not wait for the step that it has just started
                 self._keep(curves, pending)
                 pending = losses
-                if saved is not None and step % self.bld.checkpoint_every == 0 and step < self.steps:
+                stop = sigterm.stops_here()
+                if saved is not None and self._is_due(step, stop):
                     self._keep(curves, pending)
                     pending = None
                     self._save(saved, step, state, curves, batches)
+                if stop:
+                    raise Preempted(step)
             self._keep(curves, pending)
-        finally:
-            if saved is not None:
-                saved.close()
         columns = range(len(self.kinds))
         return [w for w, _ in state], [np.stack([losses[i] for losses in curves]) for i in columns]
 
@@ -204,10 +212,9 @@ class _Loop:
         if self.on_step is not None:
             self.on_step(len(curves), curves[-1])
 
-    def _open(self) -> Checkpoints | None:
-        if self.saving is None or not self.bld.checkpoint_every:
-            return None
-        return Checkpoints(self.saving, keep_last=1)
+    def _is_due(self, step: int, stop: bool) -> bool:
+        every = self.bld.checkpoint_every
+        return stop or bool(every and step % every == 0 and step < self.steps)
 
     def _save(self, saved: Checkpoints, step: int, state: Any, curves: list, batches: Any) -> None:
         position = {"batches": batches.state() if hasattr(batches, "state") else None}

@@ -6,8 +6,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -224,6 +226,39 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(params, ranks, whole, 
     assert seen == [0, *drawn, *range(STEPS)]  # a look at the first, the rest of the parts, the blocks
     check_bits(library, whole)
     assert not state.exists() and not (tmp_path / "training").exists()
+
+
+class Slow(Restorable):
+    """Long enough from step to step that a signal comes in between."""
+
+    def __next__(self):
+        time.sleep(0.5)
+        return super().__next__()
+
+
+def build_slowly(dir: str) -> None:
+    """In a process of its own, which makes no checkpoint unless it is stopped."""
+    params = mixed_parent()
+    ranks = importance.measure(params, MIXED, batches(1), "magnitude")
+    build(params, ranks, dir, dataclasses.replace(BLD, checkpoint_every=0), data=lambda: Slow([]))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_exits_with_75_and_it_goes_on_to_the_same_bits(params, ranks, whole, tmp_path):
+    code = "import sys; from tests.compress import test_bld; test_bld.build_slowly(sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) as process:
+        end = time.monotonic() + 240
+        while not any(p.read_text().count("\n") >= 2 for p in tmp_path.glob("log/*/metrics.jsonl")):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 75 and not lib.Library(tmp_path).names()
+    [state] = (tmp_path / "training").glob("*/checkpoints/[0-9]*")
+    done, seen = int(state.name), []
+    assert 3 <= done < STEPS
+    bld = dataclasses.replace(BLD, checkpoint_every=0)
+    check_bits(build(params, ranks, tmp_path, bld, data=lambda: Restorable(seen)), whole)
+    assert seen == [0, *range(done, STEPS), *range(STEPS)]  # a look, the rest of the parts, the blocks
 
 
 def test_killed_in_the_middle_of_saving_it_trains_the_same_group_again(
