@@ -154,17 +154,16 @@ def _read_group(
     steps: int, params: Params, program: Program, batches: Any, mesh: Mesh
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Hashes [steps, B] and arrays [steps, B, ...] of this process's rows; copied while the next are read."""
-    hashes, found, pending = [], [], None
+    hashes, found, reading = [], [], []
     with use_mesh(mesh):
         for _ in range(steps):
             batch = next(batches)
             hashes.append(row_hashes(batch))
             column_BT = np.zeros_like(batch["tokens"]) + np.arange(batch["tokens"].shape[1], dtype=np.int32)
-            out = program(params, place_batch({**batch, "column": column_BT}, mesh))
-            if pending is not None:
-                found.append(_rows_here(pending))
-            pending = out
-        found.append(_rows_here(pending))
+            reading.append(program(params, place_batch({**batch, "column": column_BT}, mesh)))
+            if len(reading) > 1:
+                found.append(_rows_here(reading.pop(0)))
+    found += map(_rows_here, reading)
     return np.stack(hashes), {name: np.stack([one[name] for one in found]) for name in found[0]}
 
 

@@ -56,16 +56,15 @@ def programs(vocab: int) -> dict[str, Callable[[], None]]:
     ids, logps = tell(teacher, batch)
     cached = {**batch, "teacher_ids": np.asarray(ids), "teacher_logps": np.asarray(logps)}
 
-    def distilled(**weights: Any) -> LossFn:
-        terms = DistillWeights(**({"cosine": 0.0} | weights))
+    def distilled(terms: DistillWeights) -> LossFn:
         return distill_loss(child, [Teacher(parent)], terms, COMPUTE)
 
     return {
         "teacher": lambda: jax.block_until_ready(score(teacher, batch)),
         "student": training(child, lm_loss(child, COMPUTE), None, batch),
-        "kl": training(child, distilled(), teacher, batch),
-        "kl + cosine": training(child, distilled(cosine=1.0), teacher, batch),
-        CACHED: training(child, distilled(top_k=TOP_K), None, cached),
+        "kl": training(child, distilled(DistillWeights(cosine=0.0)), teacher, batch),
+        "kl + cosine": training(child, distilled(DistillWeights()), teacher, batch),
+        CACHED: training(child, distilled(DistillWeights(cosine=0.0, top_k=TOP_K)), None, cached),
     }
 
 

@@ -31,9 +31,8 @@ def made(folder, data):
     def loader():
         return train_batches(from_dict(TextData, data), tokenizer)
 
-    def make(cfg: OnPolicy, **values) -> OnPolicyBatches:
-        sizes = {"batch_size": 8, "length": LENGTH} | values
-        batches = OnPolicyBatches(loader(), cfg, arch, tokenizer, **sizes)
+    def make(cfg: OnPolicy, length: int = LENGTH) -> OnPolicyBatches:
+        batches = OnPolicyBatches(loader(), cfg, arch, tokenizer, batch_size=8, length=length)
         batches.bind(lambda: params)
         return batches
 
@@ -118,7 +117,7 @@ def test_bad_input(made, tmp_path):
         ({"chats": "some.jsonl"}, "chats: expected a file if and only if"),
     ):
         with pytest.raises(ValueError, match=message):
-            OnPolicy(**values)
+            from_dict(OnPolicy, values)
 
 
 @pytest.mark.slow

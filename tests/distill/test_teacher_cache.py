@@ -62,7 +62,7 @@ def test_it_holds_what_the_teacher_says_of_every_row(folder, data, written):
         batch = next(loader)
         cache.check(loader.rows, row_hashes(batch))
         ids, logps = cache.read(loader.rows)()
-        wanted = jax.nn.log_softmax(llama.apply(params, arch, batch)[0])
+        wanted = jax.nn.log_softmax(llama.apply(params, arch, jax.tree.map(jnp.asarray, batch))[0])
         # logits go up to some tens: what f32 leaves of them on eight devices and on one
         np.testing.assert_allclose(logps, jax.lax.top_k(wanted, TOP_K)[0], atol=3e-4)
         np.testing.assert_allclose(jnp.take_along_axis(wanted, ids, -1), logps, atol=3e-4)
