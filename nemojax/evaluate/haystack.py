@@ -25,7 +25,7 @@ from nemojax.data.tokenizer import Tokenizer
 Task = Literal[
     "single", "multikey", "needles", "multivalue", "multiquery", "variables", "common_words", "frequent_words"
 ]
-TASKS: tuple[str, ...] = get_args(Task)
+TASKS: tuple[Task, ...] = get_args(Task)
 PLACED = ("single", "multikey", "needles")  # one needle is asked for, and stands at a depth
 
 NOISE = "The river runs to the sea. The wind moves the trees. A cloud goes by. Then it is quiet again."
@@ -90,7 +90,7 @@ class Pieces:
             self.known,
         )
 
-    def hide(self, n: int, needles: Sequence[str], depths: Sequence[float]) -> str:
+    def hide(self, n: int, needles: Sequence[str], depths: Sequence[float] | np.ndarray) -> str:
         """The first n pieces, each needle between those two sentences that are nearest to its depth: 0 is the
         beginning of the text, 1 its end, measured in tokens."""
         stops_S = np.append(self.stops_S[self.stops_S < n], n)

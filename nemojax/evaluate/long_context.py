@@ -49,7 +49,7 @@ class LongContextConfig:
         (0.0, 0.25, 0.5, 0.75, 1.0),
         "places in the text (0 its beginning) of the one needle of single, multikey and needles",
     )
-    count: int = field(4, "questions a length and task, and for the three of one needle a depth")
+    count: int = field(4, "questions a length and task; of single, multikey and needles at each depth")
     haystack: HaystackConfig = field(HaystackConfig(), "what is hidden, and in what")
     prompts: Literal["raw", "chat"] = field(
         "raw", "raw: the model continues the beginning of the answer; chat: thinking is off"
@@ -319,7 +319,8 @@ def _cell(group: Sequence[Record]) -> dict[str, Any]:
     by_depth: dict[str, list[float]] = {}
     for record in group:
         if record["depth"] is not None:
-            by_depth.setdefault(f"{record['depth']:g}", []).append(record.get("recall", record.get("forced")))
+            score = record["recall"] if "recall" in record else record["forced"]
+            by_depth.setdefault(f"{record['depth']:g}", []).append(score)
     return cell | ({"depths": {d: float(np.mean(v)) for d, v in by_depth.items()}} if by_depth else {})
 
 
@@ -345,10 +346,10 @@ def position_loss(
         for name, group in batches.items():
             placed = (place_batch(batch, mesh) for batch in group)
             sums = jax.device_get([_by_position(params, b, arch=arch, compute=compute) for b in placed])
-            loss_K, weight_K = (np.sum([pair[i] for pair in sums], axis=0, dtype=np.float64) for i in (0, 1))
+            found_2K = np.asarray(sums, np.float64).sum(axis=0)
             out[name] = [
                 {"from": 2**k // 2 + 1, "to": 2**k, "loss": float(loss / weight), "tokens": float(weight)}
-                for k, (loss, weight) in enumerate(zip(loss_K, weight_K, strict=True))
+                for k, (loss, weight) in enumerate(found_2K.T)
                 if weight
             ]
     return out
