@@ -28,6 +28,11 @@ def _falls(digest: bytes, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def falls_out(text: str, share: float) -> bool:
+    """Whether a text is held out where `share` of all texts is."""
+    return share > 0 and _falls(digest_of(text), share)
+
+
 def training_side(texts: Iterable[str], share: float, limit: int = 0) -> list[int]:
     """Places of the first `limit` (0: of all) texts that are not held out, in order; blank ones left out.
 
@@ -35,7 +40,7 @@ def training_side(texts: Iterable[str], share: float, limit: int = 0) -> list[in
     """
     kept: list[int] = []
     for place, text in enumerate(texts):
-        if text.strip() and not (share and _falls(digest_of(text), share)):
+        if text.strip() and not falls_out(text, share):
             kept.append(place)
             if len(kept) == limit:
                 break

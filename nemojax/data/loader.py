@@ -2,7 +2,8 @@
 
 Grain draws the order of documents (random access, so a position is its whole state); `Packer` turns
 them into rows. Every process draws the same order and keeps every n-th row, so the global batch does
-not depend on the number of processes.
+not depend on the number of processes. Where a source is a stream this would have every process read and
+tokenise everything: there each packs a share of its own of all documents.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from nemojax.data.examples import Example, Examples, LongPolicy, StoredExamples, mean_size, split_example
 from nemojax.data.packing import Batch, Packer, Reference, make_batch
+from nemojax.data.stream import Stream
 
 ENDLESS = 2**62
 
@@ -24,12 +27,15 @@ ENDLESS = 2**62
 class Shuffled:
     """Endless (source, index) pairs: each epoch is a new permutation, drawn from (seed, epoch).
 
+    Of `count` equal shares of the endless sequence this is the one from `first` on.
+
     Grain's own index shuffle walks a cipher over at least 2**16 values, which costs milliseconds an
     element on collections of a few documents.
     """
 
-    def __init__(self, source: int, size: int, seed: int):
+    def __init__(self, source: int, size: int, seed: int, first: int = 0, count: int = 1):
         self.source, self.size, self.seed = source, size, seed
+        self.first, self.count = first, count
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -39,11 +45,27 @@ class Shuffled:
         return ENDLESS
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        epoch, place = divmod(index, self.size)
+        epoch, place = divmod(self.first + index * self.count, self.size)
         return self.source, int(self._epoch(epoch)[place])
 
     def __repr__(self) -> str:
         return f"Shuffled(source={self.source}, size={self.size}, seed={self.seed})"
+
+
+class InOrder:
+    """Endless (source, index) pairs of a source that shuffles itself."""
+
+    def __init__(self, source: int):
+        self.source = source
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.source, index
+
+    def __repr__(self) -> str:
+        return f"InOrder(source={self.source})"
 
 
 class Loader:
@@ -55,7 +77,7 @@ class Loader:
 
     def __init__(
         self,
-        sources: Sequence[Examples],
+        sources: Sequence[Examples | Stream],
         document_weights: Sequence[float],
         *,
         batch_size: int,
@@ -72,13 +94,19 @@ class Loader:
         self.sources, self.length, self.pad_id = sources, length, pad_id
         self.long: LongPolicy = long
         self.batch_size, self.process_index, self.process_count = batch_size, process_index, process_count
+        self._streams = {number: s for number, s in enumerate(sources) if isinstance(s, Stream)}
+        # (which, of how many): the share of documents that is drawn here, and that of the rows drawn here
+        mine, all_of_them = (process_index, process_count), (0, 1)
+        drawn, self._kept = (mine, all_of_them) if self._streams else (all_of_them, mine)
         streams = [
-            grain.MapDataset.source(Shuffled(number, len(source), seed))
+            grain.MapDataset.source(
+                InOrder(number) if isinstance(source, Stream) else Shuffled(number, len(source), seed, *drawn)
+            )
             for number, source in enumerate(sources)
         ]
         mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, list(document_weights))
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
-        self._order = iter(mixed.to_iter_dataset(options))
+        # by index: grain's iterators cost twice as much a document
+        self._order, self._drawn = mixed, 0
         self._packer = Packer(length, lookahead)
         self._rows: list[list[Reference]] = []
         self._used: list[list[Reference]] = []
@@ -88,7 +116,7 @@ class Loader:
             length,
             long,
             lookahead,
-            [len(s) for s in sources],
+            [s.identity if isinstance(s, Stream) else getattr(s, "fingerprint", len(s)) for s in sources],
             [float(w) for w in document_weights],
         ]
         self.identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -99,18 +127,26 @@ class Loader:
 
     def __next__(self) -> Batch:
         """tokens, targets, segments, positions i32 and weights f32, each [batch_size, length]."""
-        needed = self.batch_size * self.process_count
+        which, count = self._kept
+        needed = self.batch_size * count
         while len(self._rows) < needed:
             self._draw()
-        mine = self._rows[self.process_index : needed : self.process_count]
+        mine = self._rows[which:needed:count]
+        batch = make_batch([[self._piece(r) for r in row] for row in mine], self.length, self.pad_id)
         self._rows, self._used = self._rows[needed:], mine
-        self.rows = np.arange(self._made + self.process_index, self._made + needed, self.process_count)
-        self._made += needed
-        return make_batch([[self._piece(r) for r in row] for row in mine], self.length, self.pad_id)
+        made = self._made + self.batch_size * self.process_count
+        self.rows = np.arange(self._made + self.process_index, made, self.process_count)
+        self._made = made
+        for number, stream in self._streams.items():
+            for index in {index for row in mine for source, index, _ in row if source == number}:
+                stream.forget(index)
+        return batch
 
     def _draw(self) -> None:
-        source, index = next(self._order)
-        for number, piece in enumerate(self._pieces(source, index)):
+        source, index = self._order[self._drawn]
+        pieces = self._pieces(source, index)
+        self._drawn += 1  # only now: a stream that failed may be asked again
+        for number, piece in enumerate(pieces):
             self._rows += self._packer.add(piece.size, (source, index, number))
 
     def _pieces(self, source: int, index: int) -> list[Example]:
@@ -126,14 +162,16 @@ class Loader:
         return [" ".join(":".join(map(str, reference)) for reference in row) for row in self._used]
 
     def state(self) -> dict[str, Any]:
-        """Where the order, the open rows and the waiting rows stand; the same in every process."""
-        return {
+        """Where the order, the open rows and the waiting rows stand; of all processes if none is a stream."""
+        state = {
             "identity": self.identity,
             "made": self._made,
-            "order": self._order.get_state(),
+            "order": {"next_index": self._drawn},
             "packer": self._packer.state(),
             "rows": [[list(reference) for reference in row] for row in self._rows],
         }
+        streams = {str(number): stream.state() for number, stream in self._streams.items()}
+        return state | {"streams": streams} if streams else state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch that preceded `state()`; ValueError if the data differ."""
@@ -142,14 +180,21 @@ class Loader:
                 f"data state: expected identity {self.identity}, got {state.get('identity')}; the sources, "
                 "their weights, seed or length changed, so start a new work directory"
             )
-        self._order.set_state(state["order"])
+        self._drawn = state["order"]["next_index"]
         self._packer.restore(state["packer"])
         self._made = state["made"]
         self._rows = [[tuple(reference) for reference in row] for row in state["rows"]]
+        for number, stream in self._streams.items():
+            stream.restore(state["streams"][str(number)])
+
+    def close(self) -> None:
+        """Ends what streams read ahead; `restore` before the next batch."""
+        for stream in self._streams.values():
+            stream.close()
 
 
 def make_loader(
-    sources: Sequence[Examples],
+    sources: Sequence[Examples | Stream],
     weights: Sequence[float] | None = None,
     *,
     batch_size: int,
@@ -169,22 +214,16 @@ def make_loader(
     shares = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
     if len(shares) != len(sources) or not sources:
         raise ValueError(f"loader: expected a weight for each of {len(sources)} sources, got {len(shares)}")
-    if min(shares) <= 0:
+    if not min(shares) > 0 or not math.isfinite(sum(shares)):
         raise ValueError(f"loader: expected positive weights, got {shares}; leave unused sources out")
     if not 0 <= process_index < process_count:
         raise ValueError(f"loader: expected process_index < {process_count}, got {process_index}")
     sources = [_in_pieces(source, length, long) for source in sources]
-    sizes = [mean_size(source, length, long) for source in sources]
-    for number, size in enumerate(sizes):
-        if not size:
-            raise ValueError(
-                f"loader: source {number} has no usable document among {len(sources[number])} "
-                f"(length={length}, long={long!r})"
-            )
+    sizes = [_mean_size(number, source, length, long) for number, source in enumerate(sources)]
     documents = np.asarray([share / size for share, size in zip(shares, sizes, strict=True)])
     return Loader(
         sources,
-        [round(float(w), 9) for w in documents / documents.sum()],
+        [max(round(float(w), 9), 1e-9) for w in documents / documents.sum()],
         batch_size=batch_size,
         length=length,
         seed=seed,
@@ -196,7 +235,18 @@ def make_loader(
     )
 
 
-def _in_pieces(source: Examples, length: int, long: LongPolicy) -> Examples:
+def _mean_size(number: int, source: Examples | Stream, length: int, long: LongPolicy) -> float:
+    if isinstance(source, Stream):
+        return source.mean_size()
+    if not (size := mean_size(source, length, long)):
+        raise ValueError(
+            f"loader: source {number} has no usable document among {len(source)} "
+            f"(length={length}, long={long!r})"
+        )
+    return size
+
+
+def _in_pieces(source: Examples | Stream, length: int, long: LongPolicy) -> Examples | Stream:
     """Documents at hand are cut before they are shuffled, so that one book does not fill a batch."""
     if not isinstance(source, StoredExamples) or source.longest <= length:
         return source

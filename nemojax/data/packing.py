@@ -5,7 +5,7 @@ Suffixes: B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def make_batch(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> B
 
 
 def packed_batches(
-    examples: Examples,
+    examples: Examples | Iterable[Example],
     batch_size: int,
     length: int,
     pad_id: int,
@@ -114,8 +114,9 @@ def packed_batches(
     """
     pieces: dict[Reference, Example] = {}
     packer, rows = Packer(length, lookahead), []
-    for index in range(len(examples)):
-        for number, piece in enumerate(split_example(examples[index], length, long, f"document {index}")):
+    in_turn = examples if isinstance(examples, Iterable) else map(examples.__getitem__, range(len(examples)))
+    for index, example in enumerate(in_turn):
+        for number, piece in enumerate(split_example(example, length, long, f"document {index}")):
             pieces[index, number] = piece
             rows += packer.add(piece.size, (index, number))
         if max_batches is not None and len(rows) >= max_batches * batch_size:

@@ -1,14 +1,10 @@
-"""Where texts come from: the hub, local files, the Python language reference, procedural problems."""
+"""Where texts come from: the hub, files, the Python language reference, procedural problems."""
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
 import json
 import logging
-import lzma
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +19,10 @@ from nemojax.data.heldout import (
     too_small,
     training_side,
 )
+from nemojax.data.reading import OPENERS, is_remote, packed_lines, remote_files
 
-Kind = Literal["pydoc", "hf", "jsonl", "text", "parquet", "problems"]
+Kind = Literal["pydoc", "hf", "jsonl", "text", "parquet", "problems", "tokens"]
 Split = Literal["train", "heldout"]
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 log = logging.getLogger(__name__)
 
 
@@ -35,18 +31,24 @@ class Source:
     """A collection of texts.
 
     `pydoc` (the language reference that ships with Python) and `problems` need no path and split
-    themselves by topic and by prompt; `hf` takes a data set's name, the others a file, a directory or a
-    pattern such as `data/**/*.jsonl.gz`, and a share of their documents is held out.
+    themselves by topic and by prompt; `hf` takes a data set's name, `jsonl`, `text` and `parquet` a file, a
+    directory or a pattern such as `data/**/*.jsonl.gz`, and a share of their documents is held out;
+    `tokens` takes a directory that `nemojax tokenize` made, in which that is decided.
+
+    With `stream` the texts are read while they are trained on, and never all held; a path may then also be
+    an address (`https://`, `hf://datasets/...`, `gs://...`).
     """
 
     name: str = config.field("pydoc", "how reports call it; problems: the family")
-    kind: Kind = config.field("pydoc", "pydoc, hf, jsonl, text, parquet or problems")
+    kind: Kind = config.field("pydoc", "pydoc, hf, jsonl, text, parquet, problems or tokens")
     path: str = config.field(
         "", "file, directory, pattern or data set name; hf: `name` or `name:configuration`"
     )
     split: str = config.field("train", "pydoc, problems: train or heldout; hf: the data set's own split")
     field: str = config.field("text", "column that holds the text; problems: answer, trace or both")
-    weight: float = config.field(1.0, "share of the tokens in a mixture, relative to the other sources")
+    weight: float = config.field(
+        1.0, "share of the tokens in a mixture, relative to the other sources; 0: not trained on"
+    )
     limit: int = config.field(
         0, "train on at most this many documents, 0 for all; problems: how many to make"
     )
@@ -55,6 +57,9 @@ class Source:
         HELDOUT_SHARE,
         "files, hf: part of the documents, chosen by hash of the text, that is validated on and never "
         "trained on; not taken out where data.heldout names other texts",
+    )
+    stream: bool = config.field(
+        False, "hf, jsonl, text, parquet: read and tokenise while training, as data.streaming says"
     )
 
 
@@ -111,11 +116,26 @@ def input_files(sources: Sequence[Source]) -> list[Path]:
     """The local files that sources read, so that a stage notices when one changes."""
     files: list[Path] = []
     for source in sources:
-        if source.kind in ("jsonl", "text", "parquet"):
+        if source.kind in ("jsonl", "text", "parquet") and not (source.stream and is_remote(source.path)):
             files += _files(source)
         elif source.kind == "hf" and Path(source.path).is_dir():
             files.append(Path(source.path))
+        elif source.kind == "tokens":
+            files += [
+                index
+                for part in ("", "heldout")
+                if (index := Path(source.path, part, "index.json")).is_file()
+            ]
     return files
+
+
+def source_files(source: Source) -> Sequence[str | Path]:
+    """The files of a source as they are streamed, here or at an address; ValueError if there are none."""
+    if not is_remote(source.path):
+        return _files(source)
+    if found := remote_files(source.path):
+        return found
+    raise ValueError(f"source {source.name}: expected files at {source.path!r}, got none; check the address")
 
 
 def local_files(path: str | Path, kind: str = "jsonl", where: str = "") -> list[Path]:
@@ -157,6 +177,10 @@ def _problems(source: Source) -> list[str]:
 
 
 def _files(source: Source) -> list[Path]:
+    if is_remote(source.path):
+        raise ValueError(
+            f"source {source.name}: expected a path of this machine, got {source.path}; set stream to read it"
+        )
     return local_files(source.path, source.kind, f"source {source.name}: ")
 
 
@@ -164,30 +188,18 @@ def _jsonl_rows(files: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
     rows: list[tuple[str, dict[str, Any]]] = []
     for path in files:
         blank = 0
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(packed_lines(path), 1):
             if not line.strip():
                 blank += 1
                 continue
-            rows.append((f"{path}:{number}", _json_object(line, f"{path}:{number}")))
+            rows.append((f"{path}:{number}", json_object(line, f"{path}:{number}")))
         if blank:
             log.warning("%s: skipped %d blank line%s", path, blank, "s"[: blank > 1])
     return rows
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    packed = OPENERS.get(path.suffix)
-    if not packed:
-        with path.open("rb") as lines:
-            yield from lines
-        return
-    try:
-        with packed(path) as lines:
-            yield from lines
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: cannot unpack it ({error}); fetch or compress the file again") from error
-
-
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """A line of JSONL; ValueError if it is not an object."""
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -197,7 +209,8 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _column(row: dict[str, Any], source: Source, where: str) -> str:
+def text_in(row: dict[str, Any], source: Source, where: str) -> str:
+    """The text of a row of JSONL; ValueError if its field holds none."""
     value = row.get(source.field)
     if not isinstance(value, str):
         known = ", ".join(sorted(row)) or "no fields"
@@ -209,9 +222,13 @@ def _read(source: Source) -> Any:
     """All texts of a source that has files or a data set: a list, or a table that stays on disk."""
     match source.kind:
         case "jsonl":
-            return [_column(row, source, where) for where, row in _jsonl_rows(_files(source))]
+            return [text_in(row, source, where) for where, row in _jsonl_rows(_files(source))]
         case "hf":
-            return _from_hub(source)
+            return load_hub(source)
+        case "tokens":
+            raise ValueError(
+                f"source {source.name}: expected texts, got tokens; name the source that they were made from"
+            )
         case _:
             return _with_datasets(source)
 
@@ -224,12 +241,16 @@ def _each(table: Any, source: Source) -> Iterator[str]:
     name = _text_column(source)
     for batch in table.select_columns(name).iter(1024):
         for text in batch[name]:
-            if not (text is None or isinstance(text, str)):
-                raise ValueError(
-                    f"source {source.name}: expected text in column {name!r}, got {type(text).__name__}; "
-                    "set the source's field"
-                )
-            yield text or ""
+            yield text_of(text, name, f"source {source.name}")
+
+
+def text_of(value: Any, column: str, where: str) -> str:
+    """The text of a row in a table, blank where there is none; ValueError for anything else."""
+    if not (value is None or isinstance(value, str)):
+        raise ValueError(
+            f"{where}: expected text in column {column!r}, got {type(value).__name__}; set the source's field"
+        )
+    return value or ""
 
 
 def _take(table: Any, places: list[int], source: Source) -> Sequence[str]:
@@ -253,31 +274,39 @@ def _with_datasets(source: Source) -> Any:
         raise ValueError(
             f"source {source.name}: cannot read {source.path} as {source.kind} ({_reason(error)})"
         ) from error
-    return _with_column(table, source)
+    check_column(table.column_names, source)
+    return table
 
 
-def _from_hub(source: Source) -> Any:
+def load_hub(source: Source, stream: bool = False) -> Any:
+    """A table of texts of the hub; with `stream` one that is read bit by bit.
+
+    ValueError where it cannot be loaded; with `stream` what a later try may mend is raised as it is.
+    """
     import datasets
 
     name, _, configuration = source.path.partition(":")
     try:
-        table = datasets.load_dataset(name, configuration or None, split=source.split)
+        table = datasets.load_dataset(name, configuration or None, split=source.split, streaming=stream)
     except Exception as error:
+        if stream and not isinstance(error, ValueError | FileNotFoundError):
+            raise
         raise ValueError(
             f"source {source.name}: cannot load data set {source.path!r} ({_reason(error)})"
         ) from error
-    return _with_column(table, source)
+    if table.column_names is not None:  # a stream may not know them yet
+        check_column(table.column_names, source)
+    return table
 
 
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _with_column(table: Any, source: Source) -> Any:
+def check_column(names: Sequence[str], source: Source) -> None:
+    """ValueError unless a table has the column that holds a source's texts."""
     name = _text_column(source)
-    if name not in table.column_names:
-        known = ", ".join(table.column_names)
+    if name not in names:
         raise ValueError(
-            f"source {source.name}: expected column {name!r}, got {known}; set the source's field"
+            f"source {source.name}: expected column {name!r}, got {', '.join(names)}; set the source's field"
         )
-    return table
