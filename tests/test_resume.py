@@ -98,6 +98,16 @@ def configuration(stage: str, inputs: Path) -> dict[str, Any]:
             shape = {"dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_width": 64}
             tokenizer = str(inputs / "tokenizer")
             return {"tokenizer": tokenizer, "shape": shape | {"context": 64}, "data": texts, "fit": FIT}
+        case "pretrain in phases":
+            recipe = configuration("pretrain", inputs)
+            third = STEPS // 3
+            long = {"tokens": third * 4 * 128, "length": 128, "batch_size": 4, "context": 128}
+            phases = [
+                {"tokens": third * 8 * 64},
+                {"tokens": third * 8 * 32, "length": 32, "optimizer": "carry", "warmup_steps": 2},
+                long | {"rope_theta": 5e5, "lr": 5e-4, "warmup_steps": 3},
+            ]
+            return recipe | {"fit": FIT | {"phases": phases, "ema_decay": 0.9}}
         case "distill":
             return {"student": child, "teacher": parent, "data": texts, "fit": FIT}
         case "sft":
@@ -137,10 +147,10 @@ def jobs(inputs, tmp_path_factory) -> Callable[[str], tuple[Job, Path]]:
 
     def get(stage: str) -> tuple[Job, Path]:
         if stage not in made:
-            folder = tmp_path_factory.mktemp(stage)
+            folder = tmp_path_factory.mktemp(stage.replace(" ", "-"))
             recipe = folder / "recipe.py"
             recipe.write_text(f"def get_config():\n    return {configuration(stage, inputs)!r}\n")
-            job = Job(stage, recipe)
+            job = Job(stage.split()[0], recipe)
             job.finish(folder / "whole")
             made[stage] = job, folder / "whole"
         return made[stage]
@@ -169,6 +179,18 @@ def in_a_save(after_steps: int) -> Condition:
     def condition(workdir: Path) -> bool:
         unfinished = any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
         return unfinished and steps_logged(workdir) > after_steps
+
+    return condition
+
+
+def at_the_end_of(step: int) -> Condition:
+    """A phase is saved and the next one has yet to take its first step."""
+
+    def condition(workdir: Path) -> bool:
+        if not (workdir / "checkpoints" / str(step)).is_dir():
+            return False
+        assert max(losses(workdir)) == step
+        return True
 
     return condition
 
@@ -203,6 +225,11 @@ def assert_same_run(a: Path, b: Path) -> None:
         pytest.param("pretrain", [after(3)], id="pretrain, before the first checkpoint"),
         pytest.param("pretrain", [after(17), after(41)], id="pretrain, in steps"),
         pytest.param("pretrain", [in_a_save(12)], id="pretrain, in a save"),
+        pytest.param(
+            "pretrain in phases",
+            [after(7), at_the_end_of(STEPS // 3), after(31), at_the_end_of(STEPS // 3 * 2), in_a_save(52)],
+            id="pretrain in phases, in each of them, between them, and in a save",
+        ),
         pytest.param("distill", [after(17), in_a_save(32)], id="distill, in a step and in a save"),
         pytest.param("sft", [after(17), in_a_save(32)], id="sft, in a step and in a save"),
         pytest.param("rl", [after(4), in_a_save(6)], id="rl, in a step and in a save"),

@@ -78,7 +78,8 @@ def distance(params, frozen, batch, key):
 
 
 def run_small(workdir, last, batches, first=0, moments=None, lr=1e-2, **more):
-    cfg = FitConfig(steps=last, **{"log_every": 1, "checkpoint_every": 2} | more)
+    settings: dict[str, Any] = {"log_every": 1, "checkpoint_every": 2} | more
+    cfg = FitConfig(steps=last, **settings)
     optim = OptimConfig(lr=lr, warmup_steps=1)
     start = {"w": jnp.arange(3.0)}
     fixed: dict[str, Any] = {"arch": ARCH, "optim": optim, "cfg": cfg, "workdir": workdir}
