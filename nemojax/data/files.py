@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -47,33 +47,12 @@ class Files(Protocol):
         ...
 
 
-def open_files(source: Source, streaming: Streaming, closed: threading.Event) -> Files:
-    """The files of a source that can be streamed; ValueError for another, or if there are none."""
-    match source.kind:
-        case "jsonl":
-            return JsonlFiles(source)
-        case "text":
-            return TextFiles(source)
-        case "parquet":
-            return ParquetFiles(source)
-        case "hf":
-            where = f"source {source.name}: data set {source.path}"
-            table = patiently(
-                lambda _: iter([(None, load_hub(source, True))]), None, streaming, where, closed
-            )
-            return HubFiles(source, next(table)[1])
-    raise ValueError(
-        f"source {source.name}: expected kind hf, jsonl, parquet or text to stream, got {source.kind}; "
-        "unset stream"
-    )
-
-
 class _NamedFiles:
     """Files that have names, here or elsewhere."""
 
     def __init__(self, source: Source):
         self.source = source
-        self.names = [str(name) for name in source_files(source)]
+        self.names: Sequence[str] = [str(name) for name in source_files(source)]
         self.identity = [
             [name] if is_remote(name) else [Path(name).name, Path(name).stat().st_size] for name in self.names
         ]
@@ -137,10 +116,12 @@ class ParquetFiles(_NamedFiles):
 class HubFiles:
     """A data set of the hub, or a directory laid out like one, through `datasets`."""
 
-    def __init__(self, source: Source, table: Any):
-        self.source, self._table = source, table
-        count = table.num_shards
-        self.names = [f"{source.path} ({source.split}, part {number + 1})" for number in range(count)]
+    def __init__(self, source: Source):
+        self.source, self._table = source, load_hub(source, stream=True)
+        count = self._table.num_shards
+        self.names: Sequence[str] = [
+            f"{source.path} ({source.split}, part {number + 1})" for number in range(count)
+        ]
         self.identity = [source.path, source.split, count]
 
     def rows(self, number: int, place: list[int]) -> Iterator[tuple[list[int], str]]:
@@ -152,6 +133,23 @@ class HubFiles:
             for value in batch[column]:
                 row += 1
                 yield [row], text_of(value, column, f"{self.names[number]}:{row}")
+
+
+def open_files(source: Source, streaming: Streaming, closed: threading.Event) -> Files:
+    """The files of a source that can be streamed; ValueError for another, or if there are none."""
+    kinds: dict[str, Callable[[Source], Files]] = {"jsonl": JsonlFiles, "text": TextFiles}
+    kinds |= {"parquet": ParquetFiles, "hf": HubFiles}
+    if source.kind not in kinds:
+        raise ValueError(
+            f"source {source.name}: expected kind {', '.join(sorted(kinds))} to stream, got {source.kind}; "
+            "unset stream"
+        )
+
+    def found(_: None) -> Iterator[tuple[None, Files]]:
+        yield None, kinds[source.kind](source)
+
+    where = f"source {source.name}: {source.path}"
+    return next(patiently(found, None, streaming, where, closed))[1]
 
 
 def survey(files: Files, streaming: Streaming, where: str, closed: threading.Event) -> Iterator[str]:

@@ -106,7 +106,8 @@ class Loader:
         ]
         mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, list(document_weights))
         # by index: grain's iterators cost twice as much a document
-        self._order, self._drawn = mixed, 0
+        self._order: Any = mixed
+        self._drawn = 0
         self._packer = Packer(length, lookahead)
         self._rows: list[list[Reference]] = []
         self._used: list[list[Reference]] = []

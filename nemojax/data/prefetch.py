@@ -180,7 +180,6 @@ def _finish(
 ) -> None:
     stopped.set()
     room.release()
-    if hasattr(batches, "close"):
-        batches.close()
+    getattr(batches, "close", lambda: None)()
     if thread is not threading.current_thread():
         thread.join(END_SECONDS)

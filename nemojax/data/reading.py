@@ -29,7 +29,8 @@ OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".
 FINAL = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
 BUFFER_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60.0
-Place, Row = TypeVar("Place"), TypeVar("Row")
+Place = TypeVar("Place")
+Row = TypeVar("Row")
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +66,10 @@ def remote_files(path: str) -> list[str]:
         return [path]
     import fsspec
 
-    system, _, _ = fsspec.get_fs_token_paths(path)
+    try:
+        system, _, _ = fsspec.get_fs_token_paths(path)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{path}: expected an address that fsspec reads, got an error ({error})") from error
     found = sorted(str(match) for match in system.glob(path))
     return [str(system.unstrip_protocol(match)) for match in found]
 
@@ -78,7 +82,7 @@ def open_file(name: str | Path) -> BinaryIO:
         return io.BufferedReader(HttpFile(str(name)), BUFFER_BYTES)
     import fsspec
 
-    return cast(BinaryIO, fsspec.open(str(name), "rb").open())
+    return cast(Any, fsspec.open(str(name), "rb")).open()
 
 
 def packed_lines(name: str | Path, start: int = 0) -> Iterator[bytes]:

@@ -28,7 +28,10 @@ from nemojax.data.tokenizer import Tokenizer
 
 CHUNK_DOCUMENTS, CHUNK_CHARACTERS = 64, 1 << 18  # what a thread tokenises at a time
 END_SECONDS = 5.0  # how long a thread is waited for that should end
-SAMPLE = 256  # documents whose mean size turns a share of tokens into one of documents
+SAMPLE, SAMPLE_CHARACTERS = (
+    256,
+    1 << 20,
+)  # the mean size of these turns a share of tokens into one of documents
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Stream:
     ):
         self._documents = Documents(source, streaming, (seed, number), process_index, process_count)
         self._tokenizer, self._pool, self._buffer = tokenizer, pool, streaming.buffer
-        self._length, self._long = length, long
+        self._length = length
+        self._long: LongPolicy = long
         self._seed = (seed, number, 1, process_index)
         self.identity = [self._documents.identity, streaming.buffer]
         self._held: dict[int, Example] = {}
@@ -82,7 +86,12 @@ class Stream:
 
     def mean_size(self) -> float:
         """Mean positions of a piece, over the first documents of files that are spread evenly."""
-        sample = [("a document", text) for text in islice(self._documents.sample(), SAMPLE)]
+        sample, characters = [], 0
+        for text in islice(self._documents.sample(), SAMPLE):
+            sample.append(("a document", text))
+            characters += len(text)
+            if characters > SAMPLE_CHARACTERS:
+                break
         if not (pieces := self._encode(sample)):
             raise self._documents.none_left()
         return float(np.mean([piece.size for piece in pieces]))
@@ -191,9 +200,9 @@ class Stream:
         pieces: list[Example] = []
         for where, text in chunk:
             try:
-                ids = self._tokenizer.encode(text)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+                (ids,) = self._tokenizer.encode_batch([text])  # a seventh less work than `encode`
+            except TypeError as error:
+                raise ValueError(f"{where}: expected whole Unicode characters, got {text!r:.80}") from error
             pieces += split_example(document(self._tokenizer, ids), self._length, self._long, where)
         return pieces
 

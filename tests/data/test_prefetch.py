@@ -60,6 +60,13 @@ def ended(seconds: float = 5.0) -> bool:
     return not threads()
 
 
+@pytest.fixture(autouse=True)
+def no_others():
+    """No thread of a loader that an earlier test's traceback still holds."""
+    gc.collect()
+    assert ended()
+
+
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_all_is_that_of_the_batch_in_use(depth):
     ahead = Prefetch(Counting(), depth)

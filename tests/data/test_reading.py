@@ -136,7 +136,8 @@ def test_a_server_that_stays_away_stops_the_run(tokenizer, files, caplog):
         loader = train_batches(data(f"{server.url}/a.jsonl", "jsonl", wait=0.05), tokenizer)
         undisturbed = train_batches(data(f"{server.url}/a.jsonl", "jsonl"), tokenizer)
         for _ in range(3):
-            next(loader), next(undisturbed)
+            next(loader)
+            next(undisturbed)
         server.fails = 10**9
         start, steps = time.monotonic(), 0
         with pytest.raises(SourceUnavailable) as caught:
@@ -168,6 +169,9 @@ def test_what_is_not_there_is_not_waited_for(tokenizer, files, tmp_path):
         assert time.monotonic() - start < 5 and server.asked == 1
     with pytest.raises(ValueError, match="expected files at 'memory://nothing/.*', got none"):
         train_batches(data("memory://nothing/*.jsonl", "jsonl"), tokenizer)
+    for address in ("oss://b/*.jsonl", "no://b"):
+        with pytest.raises(ValueError, match=f"{address[:5]}.*expected an address that fsspec reads"):
+            train_batches(data(address, "jsonl", wait=60), tokenizer)
 
 
 def test_other_file_systems(tokenizer):

@@ -203,7 +203,7 @@ def test_bad_rows_are_named(tokenizer, tmp_path):
         ('{"text": ', "bad.jsonl:301: expected one JSON object a line"),
         ("[1]", "bad.jsonl:301: expected a JSON object, got list"),
         ('{"body": "x"}', "bad.jsonl:301: expected text in field 'text', got body"),
-        ('{"text": "\\ud800"}', "bad.jsonl:301: text: expected whole Unicode characters"),
+        ('{"text": "\\ud800"}', "bad.jsonl:301: expected whole Unicode characters"),
     ):
         path.write_text(good + line + "\n")
         loader = train_batches(data(mine), tokenizer)
@@ -234,7 +234,7 @@ def test_bad_tables_and_files(tokenizer, folder, tmp_path):
         train_batches(data(source(tmp_path, "parquet")), tokenizer)
     with pytest.raises(ValueError, match="cannot load data set"):
         train_batches(data(source(tmp_path, "hf")), tokenizer)
-    with pytest.raises(ValueError, match="expected kind hf, jsonl, parquet or text to stream, got pydoc"):
+    with pytest.raises(ValueError, match="expected kind hf, jsonl, parquet, text to stream, got pydoc"):
         train_batches(data(Source(stream=True)), tokenizer)
     with pytest.raises(
         ValueError, match="expected a path of this machine, got https://host/a.jsonl; set str"
