@@ -29,7 +29,10 @@ import numpy as np
 
 from nemojax.config import field, to_dict
 from nemojax.data.examples import document
+from nemojax.data.files import open_files
+from nemojax.data.heldout import check_share, digest_of, falls_out, too_small
 from nemojax.data.mixture import check_names
+from nemojax.data.reading import Streaming, patiently
 from nemojax.data.shards import (
     HELDOUT,
     INDEX,
@@ -102,7 +105,77 @@ class Part(NamedTuple):
 
     source: Source
     folder: Path
-    texts: Callable[[Source], Sequence[str]]
+    texts: Callable[[], Sequence[str]]
+
+
+def _parts(source: Source, folder: Path) -> tuple[Part, Part]:
+    """The held-out side and the training side."""
+    heldout: Callable[[], Sequence[str]] = functools.partial(load_heldout, source)
+    training: Callable[[], Sequence[str]] = functools.partial(load_texts, source)
+    if source.stream:
+        read = functools.cache(lambda: StreamedTexts(source))
+        heldout, training = (lambda: read().heldout), read
+    return Part(source, folder / HELDOUT, heldout), Part(source, folder, training)
+
+
+class StreamedTexts(Sequence[str]):
+    """The training side of files that are never held as a whole, here or at an address.
+
+    One reading counts the texts and keeps where every `PART_DOCUMENTS`-th begins; slices are read from there.
+    `heldout` is the other side, in the order of `load_heldout`, and held. ValueError where one is empty.
+    """
+
+    def __init__(self, source: Source):
+        self._source, self._where = source, f"source {source.name}"
+        check_share(source.heldout_share, self._where)
+        self._closed = threading.Event()
+        self._files = open_files(source, Streaming(), self._closed)
+        self._step, self._starts, self._count = PART_DOCUMENTS, [], 0
+        self._live: Iterator[str] = iter(())
+        self._next = -1  # the text that `_live` gives next
+        heldout: list[tuple[bytes, str]] = []
+        for number, place, text in self._rows(0, []):
+            if falls_out(text, source.heldout_share):
+                heldout.append((digest_of(text), text))
+            elif not source.limit or self._count < source.limit:
+                if self._count % self._step == 0:
+                    self._starts.append((number, place))
+                self._count += 1
+        self.heldout = [text for _, text in sorted(heldout)]
+        if source.heldout_share and not heldout:
+            raise too_small(self._where, self._count, source.heldout_share)
+        if not self._count:
+            raise ValueError(f"{self._where}: expected texts to train on, got none in {source.path}")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: Any) -> Any:
+        if not isinstance(at, slice):
+            return self[at : at + 1][0]
+        first, last, _ = at.indices(self._count)
+        if first != self._next:
+            begins = first // self._step * self._step
+            number, place = self._starts[first // self._step]
+            share = self._source.heldout_share
+            rows = (text for _, _, text in self._rows(number, place) if not falls_out(text, share))
+            self._live = itertools.islice(rows, first - begins, None)
+        self._next = last
+        texts = list(itertools.islice(self._live, last - first))
+        if len(texts) < last - first:
+            raise ValueError(f"{self._where}: expected {self._count} texts, got fewer now; its files changed")
+        return texts
+
+    def _rows(self, number: int, place: list[int]) -> Iterator[tuple[int, list[int], str]]:
+        """(file, place in it, text) of what is not blank, from a place on."""
+        for file in range(number, len(self._files.names)):
+            before, read = place, functools.partial(self._files.rows, file)
+            name = f"{self._where}: {self._files.names[file]}"
+            for after, text in patiently(read, place, Streaming(), name, self._closed):
+                if text.strip():
+                    yield file, before, text
+                before = after
+            place = []
 
 
 def _tokenize(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -116,12 +189,7 @@ def _tokenize(cfg: Config, workdir: Path) -> dict[str, Any]:
             f"{workdir}: expected the directory that process 0 writes to, got another; choose a --workdir on "
             "a file system that all processes share"
         )
-    parts = [
-        part
-        for source in cfg.sources
-        for folder in [workdir / SHARDS / source.name]
-        for part in (Part(source, folder / HELDOUT, load_heldout), Part(source, folder, load_texts))
-    ]
+    parts = [part for source in cfg.sources for part in _parts(source, workdir / SHARDS / source.name)]
     counts = []
     with Encoders(tokenizer, cfg.workers or _cores()) as encoders:
         for part in parts:
@@ -166,7 +234,7 @@ def _write_part(part: Part, shard_documents: int, encoders: Encoders, index: int
     """Writes this process's missing shards of a part; how many shards the part has, 0 for an empty one."""
     if is_complete(part.folder):
         return len(json.loads((part.folder / INDEX).read_text())["shards"])
-    texts = part.texts(part.source)
+    texts = part.texts()
     shards = num_shards(len(texts), shard_documents)
     mine = [number for number in missing_shards(part.folder, shards) if number % count == index]
     where = f"source {part.source.name}" + ", held out" * (part.folder.name == HELDOUT)

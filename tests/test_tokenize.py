@@ -1,5 +1,6 @@
 """The stage `tokenize`: shards equal what is tokenised at once, whoever writes them, killed or not."""
 
+import gzip
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 def sources(folder) -> tuple[Source, ...]:
     web = Source(name="web", kind="jsonl", path=str(folder / "web.jsonl"), heldout_share=0.1)
     code = Source(name="code", kind="parquet", path=str(folder / "code.parquet"), field="code")
-    return (web, Source(**{**vars(code), "heldout_share": 0.0}))
+    return web, replace(code, heldout_share=0.0)
 
 
 def config(folder, **changes) -> Config:
@@ -88,6 +90,35 @@ def test_shards_are_what_is_tokenised_at_once(folder, serial):
     heldout = open_heldout(serial / "shards" / "web", tokenizer)
     assert heldout is not None and open_heldout(serial / "shards" / "code", tokenizer) is None
     same(heldout, text_examples(load_heldout(sources(folder)[0]), tokenizer))
+
+
+@pytest.mark.parametrize("limit", [0, 150])
+def test_files_that_are_never_held_give_the_same_shards(folder, tmp_path, limit, monkeypatch):
+    """In two files, one of them packed, with blank lines; read in one go and by jumps as two hosts do."""
+    lines = (folder / "web.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(lines[:130]))
+    with gzip.open(tmp_path / "in" / "b.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines[130:]))
+    source = Source(name="web", kind="jsonl", path=str(tmp_path / "in"), heldout_share=0.1, limit=limit)
+    held, streamed = (config(folder, sources=(replace(source, stream=s),), workers=1) for s in (False, True))
+    run(held, tmp_path / "held")
+    run(streamed, tmp_path / "streamed")
+    expected, found = contents(tmp_path / "held"), contents(tmp_path / "streamed")
+    assert expected.keys() == found.keys()
+    assert all(expected[name] == found[name] for name in expected if not name.endswith(INDEX))
+
+    monkeypatch.setattr(tokenize, "PART_DOCUMENTS", 10)
+    texts = tokenize.StreamedTexts(replace(source, stream=True))
+    whole = load_texts(source)
+    for first in (0, 7, 64, 128, 32, 40):
+        assert texts[first : first + 8] == whole[first : first + 8]
+    assert texts[5] == whole[5] and len(texts) == len(whole)
+    assert texts.heldout == load_heldout(source)
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (tmp_path / "in" / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    with pytest.raises(ValueError, match="source web: expected .* texts, got fewer now; its files changed"):
+        texts[: len(texts)]
 
 
 def test_the_result_counts(folder, serial):
@@ -135,11 +166,12 @@ def test_what_is_done_is_not_done_again(folder, tmp_path, serial, monkeypatch):
 
 def test_a_shard_of_other_texts_is_refused(folder, tmp_path):
     """What a data set on the hub can do: change between a stop and the next start."""
-    part = tokenize.Part(sources(folder)[0], tmp_path, load_texts)
+    whole = load_texts(sources(folder)[0])
+    part = tokenize.Part(sources(folder)[0], tmp_path, lambda: whole)
     tokenizer = load_tokenizer(folder)
     with tokenize.Encoders(tokenizer, 1) as encoders:
         tokenize._write_part(part, SHARD, encoders, 0, 2)
-        other = part._replace(texts=lambda source: load_texts(source)[:-40])
+        other = part._replace(texts=lambda: whole[:-40])
         count = tokenize._write_part(other, SHARD, encoders, 1, 2)
     with pytest.raises(ValueError, match="expected shards of one collection of .* documents, got shards of"):
         tokenize.write_index(tmp_path, count, tokenizer, {})
@@ -157,14 +189,34 @@ def test_a_shard_of_other_texts_is_refused(folder, tmp_path):
         ({"sources": ()}, "sources: expected texts"),
         ({"sources": (Source(name="../a"),)}, "a folder is called so"),
         ({"sources": (Source(), Source())}, "sources: expected different names"),
-        ({"sources": (Source(kind="tokens"),)}, "expected texts, got tokens"),  # pyright: ignore
+        ({"sources": (Source(kind="tokens"),)}, "expected texts, got tokens"),
+        ({"sources": (Source(stream=True),)}, "to stream, got pydoc; unset stream"),
         ({"sources": (Source(kind="jsonl", path="nowhere"),)}, "expected files at 'nowhere'"),
     ],
 )
 def test_bad_configurations(folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(config(folder, **changes), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sources_too_small_to_hold_something_out(folder, tmp_path, stream):
+    path = write_jsonl(tmp_path / "few.jsonl", texts(3))
+    few = Source(name="few", kind="jsonl", path=path, stream=stream, heldout_share=1e-6)
+    with pytest.raises(ValueError, match="source few: expected a held-out document among 3"):
+        run(config(folder, sources=(few,)), tmp_path / "run")
+    result = run(config(folder, sources=(replace(few, heldout_share=0.0),)), tmp_path / "whole")
+    assert (result["documents"], result["heldout_documents"]) == (3, 0)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(folder, tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    run(config(folder, workers=1), tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "source code" in shown and "source web, held out" in shown and "tokens/s" in shown
+    assert "70/70" in shown
 
 
 def test_half_a_character_is_named(folder, tmp_path):
@@ -226,7 +278,7 @@ def test_a_worker_names_a_bad_text_and_a_lost_worker_is_told(folder, tmp_path, m
         next(results)
         assert encoders._pool is not None
         for worker in encoders._pool._processes.values():
-            os.kill(worker.pid, signal.SIGKILL)
+            worker.kill()
         with pytest.raises(ValueError, match="one of 2 workers was ended from outside"):
             list(results)
 
@@ -248,7 +300,7 @@ def test_killed_and_resumed(folder, tmp_path, workers):
     for name in ("code.parquet", "tokenizer"):
         (many / name).symlink_to(folder / name)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(job(many, whole, workers=1, shard_documents=200), whole)
+    run(config(many, workers=1, shard_documents=200), whole)
 
     process = job(many, killed, workers=workers, shard_documents=200)
     marks = killed / "shards" / "web"

@@ -218,7 +218,7 @@ class PlannedLoader:
         self.identity = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         self.rows = np.zeros(0, np.int64)
         self._used: list[list[tuple[int, int, int]]] = []
-        self._row, self._window, self._first = 0, 0, 0  # next row; the window it lies in, that one's first
+        self._row, self._at = 0, (0, 0)  # the next row; the window it lies in, and the first row of that
 
     def __iter__(self) -> PlannedLoader:
         return self
@@ -226,19 +226,21 @@ class PlannedLoader:
     def __next__(self) -> Batch:
         """tokens, targets, segments, positions i32 and weights f32, each [batch_size, length]."""
         end = self._row + self.batch_size * self.process_count
-        self.rows = np.arange(self._row + self.process_index, end, self.process_count)
-        self._used = [self._go_to(row).row(row - self._first) for row in self.rows.tolist()]
-        self._go_to(end)
-        self._row = end
-        return make_batch([[self._piece(*p) for p in row] for row in self._used], self.length, self.pad_id)
+        rows = np.arange(self._row + self.process_index, end, self.process_count)
+        at, used = self._at, []
+        for row in rows.tolist():
+            at = self._window_of(row, *at)
+            used.append(self.plan.window(at[0]).row(row - at[1]))
+        batch = make_batch([[self._piece(*p) for p in row] for row in used], self.length, self.pad_id)
+        at = self._window_of(end, *at)
+        self.rows, self._used, self._row, self._at = rows, used, end, at  # last: an error above moves nothing
+        return batch
 
-    def _go_to(self, row: int) -> Window:
-        """Steps to the window of a row at or after the last one."""
-        window = self.plan.window(self._window)
-        while row >= self._first + window.num_rows:
-            self._window, self._first = self._window + 1, self._first + window.num_rows
-            window = self.plan.window(self._window)
-        return window
+    def _window_of(self, row: int, window: int, first: int) -> tuple[int, int]:
+        """The window of a row and the number of that one's first row, counted on from an earlier window."""
+        while row >= first + (num_rows := self.plan.window(window).num_rows):
+            window, first = window + 1, first + num_rows
+        return window, first
 
     def _piece(self, source: int, document: int, part: int) -> Example:
         return self.sources[source].piece(document, part * self.length, self.length)
@@ -249,13 +251,8 @@ class PlannedLoader:
         return [" ".join(":".join(map(str, piece)) for piece in row) for row in self._used]
 
     def state(self) -> dict[str, Any]:
-        """The number of the next row, and the window that it lies in with the number of that one's first."""
-        return {
-            "identity": self.identity,
-            "row": self._row,
-            "window": self._window,
-            "window_first_row": self._first,
-        }
+        """The number of the next row; with it the window that it lies in, and the first row of that."""
+        return {"identity": self.identity, "row": self._row, "window": list(self._at)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the batch that preceded `state()`; ValueError if the data differ."""
@@ -264,4 +261,5 @@ class PlannedLoader:
                 f"data state: expected identity {self.identity}, got {state.get('identity')}; the sources, "
                 "their weights, seed or length changed, so start a new work directory"
             )
-        self._row, self._window, self._first = state["row"], state["window"], state["window_first_row"]
+        window, first = state["window"]
+        self._row, self._at = state["row"], (window, first)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/tokens.py [--workers=1,2] [--length=8192] [--vocab=32000] [--repeats=3]
 
-The texts are Python's own standard library, a file a document, written out until there are 64 MB of them. The
+The texts are Python's own standard library, a file a document, written out until there are 16 MB of them. The
 tokenizer is trained on a part. Medians are printed; `threads` is one process with the threads of the Rust
 library. The wall time of starting workers is in.
 """
@@ -24,7 +24,7 @@ from nemojax.data.shards import open_shards
 from nemojax.data.sources import Source
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
 
-MEGABYTES = 64
+MEGABYTES = 16
 
 
 def write_texts(path: Path) -> list[str]:

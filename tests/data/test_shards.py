@@ -81,7 +81,7 @@ def test_loss_weights_are_kept_where_they_are_not_one(tokenizer, tmp_path):
     file = tmp_path / "a" / "shard-00003.weights"
     flip(file, 40)
     with pytest.raises(ValueError, match=r"shard-00003.*document .* as written"):
-        list(open_shards(tmp_path / "a", tokenizer))
+        same(open_shards(tmp_path / "a", tokenizer), examples)
     with pytest.raises(ValueError, match="shard-00003.weights: expected the contents as written"):
         open_shards(tmp_path / "a", tokenizer).verify()
 
@@ -146,7 +146,7 @@ def test_a_truncated_file(shards, tokenizer, name):
 def test_an_altered_shard_is_found_when_its_document_is_read(shards, tokenizer):
     flip(shards / "shard-00002.bin", 1)
     opened = open_shards(shards, tokenizer)
-    opened[13], opened[15]
+    assert len(opened[13].ids) == LENGTHS[13] and len(opened[15].ids) == LENGTHS[15]
     with pytest.raises(ValueError, match=r"shard-00002.bin: expected the document 14 as written"):
         opened.piece(14, 0, 1)
     with pytest.raises(ValueError, match=r"shard-00002.bin: expected the contents as written"):
