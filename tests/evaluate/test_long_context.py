@@ -275,7 +275,7 @@ def test_loss_by_position(tokenizer):
     total = sum(row["loss"] * row["tokens"] for row in found) / sum(row["tokens"] for row in found)
     assert total == pytest.approx(heldout_loss(params, ARCH, batches)["loss"], rel=1e-5)
 
-    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
     with use_mesh(mesh):
         split = jax.device_put(params, llama.param_shardings(ARCH, mesh))
     for one, other in zip(found, position_loss(split, ARCH, batches, mesh=mesh)["pydoc"], strict=True):
@@ -283,8 +283,8 @@ def test_loss_by_position(tokenizer):
 
 
 def test_forced_reading_on_a_mesh(copying, copied):
-    """Four rows at a time for twelve questions of a length, over four devices that share them."""
-    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
+    """Two rows at a time for twelve questions, over devices that share rows, positions and heads."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))
     with use_mesh(mesh):
         params = jax.device_put(copying.params, llama.param_shardings(copying.arch, mesh))
     cfg = dataclasses.replace(CFG, measures=("forced",), cache_tokens=2 * 384)
