@@ -156,7 +156,10 @@ def _stage(name: str, args: list[str]) -> None:
     if known.profile_steps:
         overrides.append(f"{_profile_field(module.Config, parser.prog)}={known.profile_steps}")
     cfg = config.from_dict(module.Config, config.apply_overrides(values, overrides))
-    print(summary_line(name, module.run(cfg, known.workdir), known.workdir))
+    result = module.run(cfg, known.workdir)
+    if text := getattr(module, "table", lambda _: "")(result):
+        print(text)
+    print(summary_line(name, result, known.workdir))
 
 
 def _profile_field(cls: type, prog: str) -> str:

@@ -153,6 +153,13 @@ def test_a_section_given_in_part_keeps_the_rest_of_its_own_defaults():
     assert shown["optim.schedule"] == "'constant'"
 
 
+def test_a_stage_with_a_table_prints_it_before_its_summary(stage, capsys):
+    stage.table = lambda result: f"| loss | {result['loss']} |"
+    assert cli.main(["sft", "--workdir=w"]) == 0
+    table, summary = capsys.readouterr().out.splitlines()
+    assert table == "| loss | 1.25 |" and summary == "sft: w loss=1.25"
+
+
 def test_one_value_stands_for_a_list_of_one():
     from nemojax.compress.run import Config
     from nemojax.config import apply_overrides, from_dict

@@ -99,6 +99,7 @@ def render(cfg: Config) -> tuple[str, dict[str, int]]:
         "library": tables.library_table(pipeline),
         "sizes": tables.size_table(pipeline, found),
         "passes": tables.pass_table(found),
+        "long": tables.long_context_table(found),
         "quality": quality,
         "distillation": tables.distill_table(pipeline),
         "gains": tables.gain_table(pipeline),

@@ -154,6 +154,21 @@ def pass_table(found: Sequence[Model]) -> Table:
     return Table("pass@1", header, rows, note if rows else "")
 
 
+def long_context_table(found: Sequence[Model]) -> Table:
+    """Recall on long texts by task and length."""
+    measured = {m.name: m.row["long_context"] for m in found if m.row.get("long_context")}
+    lengths = list(dict.fromkeys(n for tasks in measured.values() for cells in tasks.values() for n in cells))
+    rows = [
+        (name, task, *(percent(_at(cells, n, "recall")) for n in lengths))
+        for name, tasks in measured.items()
+        for task, cells in tasks.items()
+    ]
+    header = ("model", "task", *(f"{int(n):,} tokens" for n in lengths))
+    return Table(
+        "Long context", header, rows, "Share of the expected strings that answers hold." if rows else ""
+    )
+
+
 def distill_table(pipeline: Pipeline) -> Table:
     """Every distillation of the pipeline, the one by the LM loss alone among them."""
     rows = []

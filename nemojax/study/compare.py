@@ -30,7 +30,6 @@ class Config:
     ways: dict[str, tuple[str, ...]] = field({}, "work directories of each way, one a seed, in one order")
     numbers: dict[str, str] = field({}, "dotted names in result.json, by the title of their column")
     claims: tuple[Claim, ...] = field((), "which way should be better")
-    digits: int = field(3, "digits after the point in the table")
 
     def __post_init__(self):
         if not self.ways or not self.numbers:
@@ -56,9 +55,9 @@ def _compare(cfg: Config, workdir: Path) -> dict[str, Any]:
         way: {title: [number_at(path, name) for path in paths] for title, name in cfg.numbers.items()}
         for way, paths in cfg.ways.items()
     }
-    claims = [_claim(ways, claim) for claim in cfg.claims]
-    write_text(workdir / "table.md", table(ways, claims, cfg.digits))
-    return {"ways": ways, "claims": claims}
+    result = {"ways": ways, "claims": [_claim(ways, claim) for claim in cfg.claims]}
+    write_text(workdir / "table.md", table(result))
+    return result
 
 
 def number_at(workdir: str | Path, name: str) -> float:
@@ -90,20 +89,18 @@ def _claim(ways: Mapping[str, Mapping[str, Sequence[float]]], claim: Claim) -> d
     }
 
 
-def table(
-    ways: Mapping[str, Mapping[str, Sequence[float]]], claims: Sequence[Mapping[str, Any]], digits: int = 3
-) -> str:
-    """Markdown: mean ± standard deviation over seeds, and the claims."""
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown of what `run` returns: mean ± standard deviation over seeds, and the claims."""
+    ways, claims = result["ways"], result["claims"]
     titles = list(next(iter(ways.values())))
     out = head("way", *titles)
     for way, numbers in ways.items():
-        cells = [spread(numbers[title], f"{{:.{digits}f}}") for title in titles]
+        cells = [spread(numbers[title], "{:.3f}") for title in titles]
         out.append(f"| {way} | {' | '.join(cells)} |")
     if claims:
         out += ["", "How much better, mean [least, most] over seeds:", ""]
         out += head("claim", "number", "gain", "seeds")
         for c in claims:
-            low, high = f"{c['low']:+.{digits}f}", f"{c['high']:+.{digits}f}"
-            gain = f"{c['gain']:+.{digits}f} [{low}, {high}]"
+            gain = f"{c['gain']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]"
             out.append(f"| {c['claim']} | {c['number']} | {gain} | {c['holds']} |")
     return "\n".join(out) + "\n"

@@ -100,6 +100,9 @@ def test_models_stand_in_the_order_they_were_made(finished):
     passes = tables.pass_table(found)
     assert [row[0] for row in passes.rows] == ["parent", "child", "distilled", "sft", "rl"]
     assert passes.rows[-1][1] == "80.0% [71.1, 86.7]"  # Wilson's interval of 80 in 100
+    long = tables.long_context_table(found)
+    assert long.header == ("model", "task", "512 tokens", "1,024 tokens")
+    assert long.rows == [("rl", "single", "25.0%", "100.0%")]
 
 
 def test_distillation_gains_and_comparisons(finished):

@@ -75,6 +75,8 @@ def _write_evaluation(root: Path, heldout: dict[str, float]) -> None:
             "latency": {"prefill_ms": 12.5, "decode_tokens_per_second": 1500.0},
             "tasks": {mode: {"add": summary, "all": summary} for mode in ("on", "off")},
         }
+    recall = {"recall": 0.25, "samples": 4}
+    rows["rl"]["long_context"] = {"single": {"512": recall, "1024": {"recall": 1.0, "samples": 4}}}
     rows["lm_only"].pop("tasks")
     rows["lm_only"].pop("latency")
     comparison = {
