@@ -236,6 +236,23 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh on which parameters lie; None for one device, or none yet."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def whole_rows(config: MeshConfig, stage: str) -> MeshConfig:
+    """The mesh of a stage that reads arrays back column by column; ValueError for one that splits rows."""
+    if config.context != 1:
+        raise ValueError(
+            f"mesh: expected context=1 for {stage}, whose rows stay whole, got {config.context}; give the "
+            "devices to fsdp or tensor"
+        )
+    return config
+
+
 def partition_spec(
     logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, where: str
 ) -> PartitionSpec:
@@ -295,6 +312,22 @@ def ways_of(logical: str) -> int:
     return 1 if mesh.empty else _ways(RULES.get(logical), mesh)
 
 
+def platform() -> str:
+    """Of the machine that a program is for ("cpu", "gpu", "tpu"): the mesh in scope's, else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def spec_of(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
+    """Mesh axes of an activation under the mesh in scope; a dimension that does not divide is not split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    entries = []
+    for name, size in zip(logical, shape, strict=True):
+        target = RULES.get(name) if name else None
+        entries.append(target if target and size % _ways(target, mesh) == 0 else None)
+    return PartitionSpec(*entries)
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """A sharding constraint on an activation under the mesh in scope; nothing without a mesh.
 
@@ -303,25 +336,72 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    entries = []
-    for name, size in zip(logical, x.shape, strict=True):
-        target = RULES.get(name) if name else None
-        entries.append(target if target and size % _ways(target, mesh) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return jax.lax.with_sharding_constraint(x, spec_of(x.shape, *logical))
 
 
-def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """This process's rows onto the devices: the batch dimension split over data and fsdp."""
+def place_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, shared: bool = False
+) -> dict[str, jax.Array]:
+    """This process's rows onto the devices: rows split over data and fsdp, positions over context.
+
+    Over several devices of a context axis the columns of every array are put in `column_order`, and
+    `positions` are added where there are none: with them and the segments, attention knows its way.
+    shared: every process holds all the rows, any number of them, and gives its devices theirs.
+    ValueError for rows or positions that do not divide.
+    """
     if mesh is None or mesh.size == 1:
         return {k: jax.numpy.asarray(v) for k, v in batch.items()}
-    placed = {}
     rows, ways = len(next(iter(batch.values()))), _ways(BATCH_AXES, mesh)
-    if rows * jax.process_count() % ways:
+    over: tuple[str, ...] | None = BATCH_AXES
+    if shared and rows % ways:
+        over = None
+    elif not shared and rows * jax.process_count() % ways:
         raise ValueError(f"batch: expected rows that divide over data x fsdp = {ways} devices, got {rows}")
+    length, batch = _in_column_order(batch, mesh)
+    placed = {}
     for name, value in batch.items():
-        spec = PartitionSpec(BATCH_AXES, *(None,) * (value.ndim - 1))
-        placed[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), value)
+        along = (RULES["length"],) if value.ndim > 1 and value.shape[1] == length else ()
+        place = NamedSharding(mesh, PartitionSpec(over, *along))
+        if shared:
+            placed[name] = jax.make_array_from_callback(value.shape, place, value.__getitem__)
+        else:
+            placed[name] = jax.make_array_from_process_local_data(place, value)
     return placed
+
+
+def column_order(length: int, ways: int) -> np.ndarray:
+    """Which column of a row stands where when `ways` devices share it, [length].
+
+    Device i of n has chunks i and 2n - 1 - i of 2n, equal work for each in causal attention (Llama 3,
+    arXiv:2407.21783, section 3.3.2). ValueError for a length that does not divide into them.
+    """
+    if ways > 1 and length % (2 * ways):
+        raise ValueError(
+            f"batch: expected rows of a length that divides into {2 * ways} chunks, two for each of the "
+            f"{ways} devices of the context axis, got {length}; choose another length or mesh"
+        )
+    if ways == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * ways, -1)
+    return np.stack([chunks[:ways], chunks[: ways - 1 : -1]], axis=1).reshape(-1)
+
+
+def _in_column_order(
+    batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> tuple[int | None, Mapping[str, np.ndarray]]:
+    """(length of the rows if a context axis splits them, the batch with its columns in order)."""
+    ways = _ways(RULES["length"], mesh)
+    known = next((batch[name] for name in ("positions", "tokens") if name in batch), None)
+    if ways == 1 or known is None:
+        return None, batch
+    rows, length = known.shape
+    order = column_order(length, ways)
+    if "positions" not in batch:
+        batch = {**batch, "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
+    return length, {
+        name: value[:, order] if value.ndim > 1 and value.shape[1] == length else value
+        for name, value in batch.items()
+    }
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.model.llama import Compute
 from nemojax.rewards.problems import ProblemSet, load_problems
-from nemojax.sharding import MeshConfig, make_mesh, on_primary
+from nemojax.sharding import MeshConfig, make_mesh, on_primary, whole_rows
 from nemojax.stage import read_json, run_stage, start_artifact, write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(whole_rows(cfg.mesh, "compress"))
     tokenizer = load_tokenizer(cfg.parent)
     arch, params = load_model(cfg.parent, mesh)
     check_vocab(tokenizer, arch)

@@ -10,6 +10,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.model.llama import Compute, Params
+from nemojax.sharding import mesh_of, place_batch, use_mesh
 from nemojax.train import lm_loss
 
 
@@ -21,17 +22,24 @@ def heldout_loss(
     compute: Compute = Compute(),
     chunk: int = 0,
 ) -> dict[str, float]:
-    """Mean next-token loss in nats for each source, and `loss` over all tokens; {} without batches."""
+    """Mean next-token loss in nats for each source, and `loss` over all tokens; {} without batches.
+
+    Every process holds all the batches; where `params` lie on a mesh, they are split over it. `chunk`:
+    positions of a row whose logits exist at once, 0 for all.
+    """
     if not batches:
         return {}
     score = _scorer(arch, compute, chunk)
+    mesh = mesh_of(params)
     losses: dict[str, float] = {}
     total, weight = 0.0, 0.0
-    for name, group in batches.items():
-        sums = jax.device_get([score(params, dict(batch)) for batch in group])
-        loss_sum, count = sum(float(s) for s, _ in sums), sum(float(w) for _, w in sums)
-        losses[name] = loss_sum / max(count, 1e-8)
-        total, weight = total + loss_sum, weight + count
+    with use_mesh(mesh):
+        for name, group in batches.items():
+            placed = (place_batch(batch, mesh, shared=True) for batch in group)
+            sums = jax.device_get([score(params, batch) for batch in placed])
+            loss_sum, count = sum(float(s) for s, _ in sums), sum(float(w) for _, w in sums)
+            losses[name] = loss_sum / max(count, 1e-8)
+            total, weight = total + loss_sum, weight + count
     return losses | {"loss": total / max(weight, 1e-8)}
 
 

@@ -6,6 +6,8 @@ group, H head dim, P = H / 2, n layers of a run.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention
 from nemojax.model import rope
+from nemojax.model.blockwise import ACCELERATOR, CPU, Places, Tiles, attend_blockwise, block_size
+from nemojax.sharding import platform, spec_of, ways_of
 
 QUERY_BLOCKS = 4
 SPLIT_LENGTH = 128  # below, a block is too small to be worth a program of its own
@@ -41,9 +45,24 @@ def attend_packed(
 ) -> jax.Array:
     """Causal attention inside each document of a packed row; returns [B, T, N, H].
 
-    Long rows go through in blocks of queries, each with only the keys that it may see: of 4 blocks the
-    scores take 5/8 of the work and at most a quarter of the memory at once.
+    Long rows, and rows that several devices share, go through in pairs of blocks, where padding attends to
+    nothing (tests/benchmarks/context.py measures from which length on that is faster).
     """
+    if q_BTNH.shape[1] >= tiles().long or ways_of("length") > 1:
+        return _attend_long(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
+    return attend_short(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
+
+
+def tiles() -> Tiles:
+    """Sizes for the machine of the mesh in scope."""
+    return CPU if platform() == "cpu" else ACCELERATOR
+
+
+def attend_short(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context, spec: Attention
+) -> jax.Array:
+    """In blocks of queries, each with only the keys that it may see: of 4 blocks the scores take 5/8 of the
+    work and at most a quarter of the memory at once."""
     length = q_BTNH.shape[1]
     size = -(-length // QUERY_BLOCKS) if length >= SPLIT_LENGTH else length
     blocks = []
@@ -61,6 +80,55 @@ def attend_packed(
             masked_attention(q_BTNH[:, start:stop], k_BTKH[:, keys], v_BTKH[:, keys], mask_TS & same_BTS)
         )
     return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+
+
+def _attend_long(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context, spec: Attention
+) -> jax.Array:
+    """Blockwise, each device of the mesh in scope with its own rows, heads and queries.
+
+    Devices that share a row gather its keys and values, as Llama 3 was trained (arXiv:2407.21783, section
+    3.3.2): with few KV heads that is little beside the activations.
+    """
+    at_BT = Places(*(jnp.broadcast_to(x, q_BTNH.shape[:2]) for x in (ctx.segments_BT, ctx.positions_BT)))
+    most, mesh = tiles().block, jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        block = block_size(q_BTNH.shape[1], most)
+        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, at_BT, at_BT, window=spec.window, block=block)
+    columns = spec_of(q_BTNH.shape[:2], "batch", "length")
+    queries = spec_of(q_BTNH.shape, "batch", "length", "heads", None)
+    keys = spec_of(k_BTKH.shape, "batch", "length", "kv_heads", None)
+    group = q_BTNH.shape[2] // k_BTKH.shape[2]
+
+    def on_device(q: jax.Array, k: jax.Array, v: jax.Array, at: Places) -> jax.Array:
+        if queries[2] and not keys[2]:
+            mine = _kv_heads(jax.lax.axis_index(queries[2]), q.shape[2], group)
+            k, v = k[:, :, mine], v[:, :, mine]
+        seen, chunk = (k, v, at), q.shape[1]
+        if columns[1]:
+            gather = functools.partial(jax.lax.all_gather, axis_name=columns[1], axis=1, tiled=True)
+            seen, chunk = jax.tree.map(gather, seen), max(1, chunk // 2)  # a device has two chunks of a row
+        k, v, keys_at = seen
+        block = block_size(chunk, most)
+        return attend_blockwise(q, k, v, at, keys_at, window=spec.window, block=block)
+
+    # the check of replication knows no loop that begins with the same zeros everywhere
+    attend = jax.shard_map(
+        on_device,
+        in_specs=(queries, keys, keys, columns),
+        out_specs=queries,
+        check_vma=False,
+    )
+    return attend(q_BTNH, k_BTKH, v_BTKH, at_BT)
+
+
+def _kv_heads(device: jax.Array, num_heads: int, group: int) -> jax.Array:
+    """The KV heads of a device's `num_heads` query heads, where every device holds all KV heads.
+
+    `group` query heads share one; a head that serves several neighbouring heads here is named once.
+    """
+    run = math.gcd(num_heads, group)
+    return (device * num_heads + jnp.arange(0, num_heads, run)) // group
 
 
 def attend_cached(

@@ -22,9 +22,15 @@ from nemojax.backends.matmul import matmul
 from nemojax.config import field
 from nemojax.model.attention import Context, make_context
 from nemojax.model.block import apply_block, block_axes, init_block, rms_norm
+from nemojax.model.blockwise import SAVED
 from nemojax.model.cache import Cache, Layer, Window, read, write
 from nemojax.model.layout import run_name
 from nemojax.sharding import constrain, shardings_of
+
+# matmuls are not computed twice; nor is attention over a long row, which is a loop of them
+KEEP_DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+)
 
 Params = dict[str, Any]
 Tap = int | tuple[Literal["attn"], int]  # the stream after a layer; what its attention sub-block adds to it
@@ -148,12 +154,10 @@ def apply_blocks(
         if window is not None and cache is not None and name in cache:
             h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, window, name, first)
         else:
-            wanted = {
-                tap: (name, j)
-                for j, layer in enumerate(part.layers)
-                for tap, name in ((layer, "after"), (("attn", layer), "attn_BTD"))
-                if tap in sources.values()
-            }
+            places: dict[Tap, tuple[str, int]] = {}
+            for j, layer in enumerate(part.layers):
+                places[layer], places["attn", layer] = ("after", j), ("attn_BTD", j)
+            wanted = {tap: place for tap, place in places.items() if tap in sources.values()}
             names = tuple(sorted({name for name, _ in wanted.values()}))
             h_BTD, seen = _run(arch, part, weights, h_BTD, ctx, compute, names)
             outputs |= {tap: seen[name][j] for tap, (name, j) in wanted.items()}
@@ -229,7 +233,7 @@ def _run(
         case "full":
             body = jax.checkpoint(body, prevent_cse=False)
         case "dots":
-            body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+            body = jax.checkpoint(body, prevent_cse=False, policy=KEEP_DOTS)
     return jax.lax.scan(body, h_BTD, weights, unroll=min(compute.unroll, len(run.layers)))
 
 

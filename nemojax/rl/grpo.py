@@ -38,7 +38,7 @@ from nemojax.rewards.problems import MODES, ProblemSet, Question, ask, load_prob
 from nemojax.rl.curriculum import CurriculumConfig, Gaussian, Uniform
 from nemojax.rl.loss import grpo_loss, policy_logps
 from nemojax.rl.rollout import RolloutConfig, dump, pack, roll_out
-from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
+from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh, whole_rows
 from nemojax.stage import run_stage, start_artifact, write_json
 from nemojax.train import FitConfig, fit
 
@@ -74,7 +74,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(whole_rows(cfg.mesh, "rl"))
     tokenizer = load_tokenizer(cfg.model)
     arch, params = load_model(cfg.model, mesh)
     check_vocab(tokenizer, arch)
