@@ -263,19 +263,19 @@ def test_an_artifact_starts_whole_or_keeps_the_old_arch(tmp_path, monkeypatch):
 def test_a_checkpoint_without_its_place_in_the_data_is_not_resumed(tmp_path):
     import jax
 
+    from nemojax.checkpoints import training
     from nemojax.checkpoints.artifact import Checkpoints
     from nemojax.model import llama
     from nemojax.optim import OptimConfig, make_optimizer
-    from nemojax.train import _restore, _to_save, init_state
 
     arch = small_arch()
     tx = make_optimizer(OptimConfig(), 4)
-    state = init_state(llama.init_params(arch, jax.random.key(0)), tx, jax.random.key(1))
+    state = training.init_state(llama.init_params(arch, jax.random.key(0)), tx, jax.random.key(1))
     checkpoints = Checkpoints(tmp_path, arch=arch)
-    checkpoints.save(3, *_to_save(state))
+    checkpoints.save(3, state.params, {})
     checkpoints.wait()
     with pytest.raises(
         ValueError, match="checkpoint 3: expected the position in the data, got none; .*choose"
     ):
-        _restore(checkpoints, state, None)
+        training.resume(checkpoints, 3, state, None)
     checkpoints.close()
