@@ -107,9 +107,9 @@ def get_config():
 WORKER = """
 import os, sys
 from nemojax.cli import main
-from nemojax.data.loader import Loader
+from nemojax.data.prefetch import Prefetch
 
-draw, count = Loader.__next__, 0
+draw, count = Prefetch.__next__, 0
 
 def watched(self):
     global count
@@ -122,7 +122,7 @@ def watched(self):
         file.writelines(row + "\\n" for row in self.ids)
     return batch
 
-Loader.__next__ = watched
+Prefetch.__next__ = watched
 sys.exit(main())
 """
 
