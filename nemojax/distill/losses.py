@@ -166,8 +166,9 @@ def distill_loss(
     The teachers run in the same program, and leave no gradients. Every term counts the positions that
     `batch["weights"]` counts, and the weights are those of step `batch["step"]` (0 without it). `chunk`
     positions of a row have logits at once; 0: all. Where the batch brings `teacher_ids` and
-    `teacher_logps` ([B, T, K]: what `teacher_top_k` gives), divergences come from these, and no teacher
-    runs but for hidden terms; `frozen` may then be None. ValueError for teachers that do not fit.
+    `teacher_logps` ([B, T, K], better with `teacher_tail` [B, T]: what `teacher_top_k` gives), divergences
+    come from these, and no teacher runs but for hidden terms; `frozen` may then be None. ValueError for
+    teachers that do not fit.
     """
     everyone = _teachers(teachers)
     shares = [t.share / sum(t.share for t in everyone) for t in everyone]
@@ -219,8 +220,9 @@ def distill_loss(
 def teacher_top_k(
     teachers: ArchSpec | Sequence[Teacher], loss: DistillWeights, compute: Compute = Compute(), chunk: int = 0
 ) -> Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
-    """(frozen, batch) -> {"teacher_ids" [B, T, K] i32, "teacher_logps" [B, T, K] f32}, K = `loss.top_k`:
-    what `distill_loss` with this loss selects of these teachers, descending, at the loss's temperature."""
+    """(frozen, batch) -> {"teacher_ids" [B, T, K] i32, "teacher_logps" [B, T, K] f32, "teacher_tail" [B, T]
+    f32}, K = `loss.top_k`: what `distill_loss` with this loss selects of these teachers, descending, at the
+    loss's temperature, and the log of what all other tokens have together."""
     everyone = _teachers(teachers)
     shares = [t.share / sum(t.share for t in everyone) for t in everyone]
     if not loss.top_k:
@@ -232,7 +234,7 @@ def teacher_top_k(
             for t, weights in zip(everyone, _parameters(frozen, everyone), strict=True)
         ]
         kept = top_k_of(heads, how=loss.comparison(), shares=shares, chunk=chunk)
-        return {"teacher_ids": kept.ids_BTK, "teacher_logps": kept.logps_BTK}
+        return {"teacher_ids": kept.ids_BTK, "teacher_logps": kept.logps_BTK, "teacher_tail": kept.tail()}
 
     return run
 
@@ -259,6 +261,10 @@ def _state(
     shown = {**batch, "tokens": jnp.where(tokens_BT < teacher.arch.vocab_size, tokens_BT, STAND_IN)}
     h_BTD, tapped = llama.hidden(params, teacher.arch, shown, taps=taps, compute=compute)
     return Head(llama.final_norm(params, teacher.arch, h_BTD), llama.head_weight(params)), tapped
+
+
+def _cached(batch: Mapping[str, jax.Array]) -> TopK:
+    return TopK(batch["teacher_ids"], batch["teacher_logps"], batch.get("teacher_tail"))
 
 
 def _known(batch: Mapping[str, jax.Array], teachers: Sequence[Teacher]) -> jax.Array:
@@ -305,7 +311,7 @@ def _pairs(student: ArchSpec, teacher: ArchSpec, loss: DistillWeights) -> tuple[
 
 
 def _taps(pairs: Sequence[tuple[str, Tap, Tap]], side: int) -> tuple[Tap, ...]:
-    return tuple(dict.fromkeys(pair[1 + side] for pair in pairs))
+    return tuple(dict.fromkeys(taps[side] for _, *taps in pairs))
 
 
 def _check_vocabularies(student: ArchSpec, teachers: Sequence[Teacher], how: Comparison) -> None:

@@ -20,13 +20,25 @@ from nemojax.sharding import RULES, spec_of, ways_of
 
 # log-probability of what is left out: finite, so that differences of two and products with 0 are too
 NEVER = -1e30
+# log-probabilities of kept outcomes sum to 1 within this: less is left of 1 by rounding alone
+MIN_TAIL = 2.0**-20
 
 
 class TopK(NamedTuple):
-    """A teacher's most likely next tokens, descending, and their log-probabilities at the temperature."""
+    """A teacher's most likely next tokens, descending, with log-probabilities at the temperature.
+
+    `tail_BT` is the log of what all others have together. Where it was not kept, it is what the kept ones
+    leave of 1: rough when that is little.
+    """
 
     ids_BTK: jax.Array
     logps_BTK: jax.Array
+    tail_BT: jax.Array | None = None
+
+    def tail(self) -> jax.Array:
+        if self.tail_BT is not None:
+            return self.tail_BT
+        return jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(self.logps_BTK), axis=-1), MIN_TAIL))
 
 
 class Axes(NamedTuple):
@@ -70,20 +82,26 @@ class Axes(NamedTuple):
         return self.sum(jnp.where(hit_BCV, x_BCV, 0.0))
 
     def top_k(self, logp_BCV: jax.Array, k: int) -> TopK:
-        """The k most likely outcomes over all devices, descending; among equals the lower id comes first."""
+        """The k most likely outcomes over all devices; among equals the lower id comes first."""
         size = logp_BCV.shape[-1]
         logps, ids = jax.lax.top_k(logp_BCV, min(k, size))
-        if not self.vocab:
-            return TopK(ids, logps)
-        here = jax.lax.axis_index(self.vocab)
+        if self.vocab:
+            here = jax.lax.axis_index(self.vocab)
 
-        def gathered(x: jax.Array) -> jax.Array:
-            # a sum of what is nothing elsewhere: every device gets all, and knows that all have the same
-            places = jnp.zeros((*x.shape[:2], ways_of("vocab"), x.shape[2]), x.dtype)
-            return jax.lax.psum(places.at[:, :, here].set(x), self.vocab).reshape(*x.shape[:2], -1)
+            def gathered(x: jax.Array) -> jax.Array:
+                # a sum of what is nothing elsewhere: every device gets all, and knows that all have the same
+                places = jnp.zeros((*x.shape[:2], ways_of("vocab"), x.shape[2]), x.dtype)
+                return jax.lax.psum(places.at[:, :, here].set(x), self.vocab).reshape(*x.shape[:2], -1)
 
-        logps, order = jax.lax.top_k(gathered(logps), k)
-        return TopK(jnp.take_along_axis(gathered(ids + self.first_id(size)), order, axis=-1), logps)
+            logps, order = jax.lax.top_k(gathered(logps), k)
+            ids = jnp.take_along_axis(gathered(ids + self.first_id(size)), order, axis=-1)
+        kept = TopK(ids, logps)
+        return kept._replace(tail_BT=self.logsumexp(self.others(self.spread(kept, size), logp_BCV)))
+
+    @staticmethod
+    def others(kept_BCV: jax.Array, logp_BCV: jax.Array) -> jax.Array:
+        """Log-probabilities of all that `spread` has not placed."""
+        return jnp.where(kept_BCV > NEVER / 2, NEVER, logp_BCV)
 
     def spread(self, kept: TopK, size: int) -> jax.Array:
         """Kept log-probabilities in their places of this device's `size` ids, NEVER in all others."""

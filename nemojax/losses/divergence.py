@@ -28,9 +28,6 @@ from nemojax.sharding import ways_of
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 TERMS = (*DIVERGENCES, "lm")
-# least tail mass: below it, what f32 leaves of 1 - (sum of the kept) is rounding
-MIN_TAIL = 2.0**-24
-
 Weighting = Literal["uniform", "entropy", "confidence"]
 
 
@@ -166,7 +163,7 @@ def _plan(
         names,
         how,
         tuple(shares),
-        -(-chunk // ways_of("length")),
+        max(1, chunk // ways_of("length")) if chunk > 0 else 0,
         num_ids,
         compared,
         -(-num_ids // ways) * ways,
@@ -174,14 +171,20 @@ def _plan(
 
 
 def _first(cached: TopK, k: int) -> TopK:
-    """The first k of a cache that may hold more: descending, they are what k would have selected."""
+    """The first k of a cache that may hold more: descending, they are what k would have selected. The
+    others join the tail."""
     held = cached.ids_BTK.shape[-1]
     if not 0 < k <= held:
         raise ValueError(
             f"top_k: expected 1 to {held}, the outcomes that are cached of the teacher, got {k}; set it, or "
             "cache anew"
         )
-    return TopK(cached.ids_BTK[..., :k], cached.logps_BTK[..., :k].astype(jnp.float32))
+    logps_BTK = cached.logps_BTK.astype(jnp.float32)
+    first = TopK(cached.ids_BTK[..., :k], logps_BTK[..., :k])
+    if cached.tail_BT is None:
+        return first
+    rest_BTK = jnp.concatenate([logps_BTK[..., k:], cached.tail_BT[..., None].astype(jnp.float32)], axis=-1)
+    return first._replace(tail_BT=jax.nn.logsumexp(rest_BTK, axis=-1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -219,11 +222,11 @@ def _run(
 
     def local(x: Any, w: Any, rows: Any, matrices: Any, coefs: Any) -> tuple[Any, ...]:
         split, join = pieces(x.shape[1], plan.chunk)
-        chunk = functools.partial(_chunk, plan, axes, w, matrices, coefs)
+        chunk = functools.partial(_chunk, plan, axes, w, matrices, coefs, dtype if gradients else None)
 
         def body(dw: Any, piece: Any) -> tuple[Any, Any]:
-            loss, sums, dx, more = chunk(*piece, gradients)
-            return dw if more is None else (dw.astype(jnp.float32) + more).astype(dtype), (loss, sums, dx)
+            loss, sums, dx, more = chunk(*piece)
+            return dw if more is None else dw + more, (loss, sums, dx)
 
         dw = jnp.zeros(w.shape, dtype) if gradients else None
         if gradients and axes.vocab:
@@ -251,35 +254,38 @@ def _chunk(
     w_VD: jax.Array,
     matrices: Sequence[jax.Array],
     coefs: jax.Array,
+    dtype: Any,
     x_BCD: jax.Array,
     rows: Any,
-    gradients: bool,
 ) -> tuple[Any, ...]:
-    """(loss, sums, gradient of x, gradient of w in f32) of one chunk; `w_VD` is this device's part."""
+    """(loss, sums, gradient of x, gradient of w in `dtype`) of one chunk, without gradients if it is None;
+    `w_VD` is this device's part."""
     against = None
     if "compared" in rows:
-        kept = rows.get("cached")
-        logp_BCV = None if kept else _teacher(plan, axes, rows["teachers"], matrices)
-        if plan.how.top_k:
-            kept = kept or axes.top_k(logp_BCV, plan.how.top_k)
-            logp_BCV = axes.spread(kept, w_VD.shape[0])
-        against = logp_BCV, kept
+        kept, logp_BCV = rows.get("cached"), None
+        if kept is None:
+            logp_BCV = _teacher(plan, axes, rows["teachers"], matrices)
+            kept = axes.top_k(logp_BCV, plan.how.top_k) if plan.how.top_k else None
+        against = (logp_BCV if kept is None else axes.spread(kept, w_VD.shape[0])), kept
 
     def total(logits_BCV: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         values = _values(plan, axes, logits_BCV, against, rows)
         scale_BC = values.pop("scale", 1.0)
         sums = {k: jnp.sum(v * rows["weights" if k == "lm" else "compared"]) for k, v in values.items()}
         scaled = {k: jnp.sum(values[k] * scale_BC * rows["compared"]) for k in DIVERGENCES if k in values}
-        return sum(c * (sums | scaled)[k] for c, k in zip(coefs, plan.terms, strict=True)), sums
+        return jnp.dot(coefs, jnp.stack([(sums | scaled)[name] for name in plan.terms])), sums
 
     logits_BCV = logits_of(x_BCD, w_VD)
-    if not gradients:
+    if dtype is None:
         return *total(logits_BCV), None, None
     (loss, sums), g_BCV = jax.value_and_grad(total, has_aux=True)(logits_BCV)
     g_BCV = g_BCV.astype(x_BCD.dtype)
     dx_BCD = jnp.einsum("BCV,VD->BCD", g_BCV, w_VD, preferred_element_type=jnp.float32)
     dx_BCD = jax.lax.psum(dx_BCD, axes.vocab).astype(x_BCD.dtype)
-    return loss, sums, dx_BCD, jnp.einsum("BCV,BCD->VD", g_BCV, x_BCD, preferred_element_type=jnp.float32)
+    # in the dtype of the sum over chunks: a compiler then adds within the product, in f32
+    wide = jnp.promote_types(dtype, x_BCD.dtype)
+    dw_VD = jnp.einsum("BCV,BCD->VD", g_BCV, x_BCD, preferred_element_type=wide).astype(dtype)
+    return loss, sums, dx_BCD, dw_VD
 
 
 def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: Any) -> dict[str, jax.Array]:
@@ -296,10 +302,9 @@ def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: 
     agrees_BC = axes.max(jnp.where(p_BCV >= best_BC[..., None], q_BCV, NEVER)) >= axes.max(q_BCV)
     tails = None
     if kept is not None:
-        outcomes, is_kept_BCV = how.top_k + 1, p_BCV > NEVER / 2
-        tail_BC = jnp.maximum(1 - jnp.sum(jnp.exp(kept.logps_BTK), axis=-1), MIN_TAIL)
-        tails = jnp.log(tail_BC), axes.logsumexp(jnp.where(is_kept_BCV, NEVER, q_BCV))
-        q_BCV = jnp.where(is_kept_BCV, q_BCV, NEVER)
+        outcomes = how.top_k + 1
+        tails = kept.tail(), axes.logsumexp(axes.others(p_BCV, q_BCV))
+        q_BCV = jnp.where(p_BCV > NEVER / 2, q_BCV, NEVER)
 
     def measure(name: str) -> jax.Array:
         at_BC = axes.sum(integrand(name, p_BCV, q_BCV, how.beta))

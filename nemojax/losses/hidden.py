@@ -45,13 +45,14 @@ def matched_layers(student: ArchSpec, teacher: ArchSpec, layers: str = "") -> tu
         )
     own: list[int] = []
     theirs: list[int] = []
-    for part in layers.split(",") if layers else [f"0-{student.num_layers - 1}:0-{student.num_layers - 1}"]:
+    everything = f"0-{student.num_layers - 1}:0-{student.num_layers - 1}"
+    for part in (layers or everything).split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?\s*", part)
         if not found:
             raise ValueError(f"layers: expected student's:teacher's as 4:6 or 0-3:0-3, got {part!r}")
-        first, last, to_first, to_last = (None if n is None else int(n) for n in found.groups())
-        own += range(first, (first if last is None else last) + 1)
-        theirs += range(to_first, (to_first if to_last is None else to_last) + 1)
+        first, last, their_first, their_last = found.groups()
+        own += range(int(first), int(last or first) + 1)
+        theirs += range(int(their_first), int(their_last or their_first) + 1)
         if len(own) != len(theirs):
             raise ValueError(f"layers: expected as many layers on both sides of the colon, got {part!r}")
     if not own or len(set(own)) < len(own):

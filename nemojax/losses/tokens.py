@@ -40,12 +40,12 @@ def pieces(
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
     """(split, join): [B, length, ...] into n slices [n, B, C, ...] of at most `chunk` positions, and back.
 
-    The slices are equally long, the last filled up with zeros; 0 makes one. A slice takes as many positions
-    of each of `ways` equal parts of the row.
+    The slices are equally long, the last filled up with zeros; 0 makes one. A slice takes as many positions,
+    one at least, of each of `ways` equal parts of the row.
     """
     ways = ways if length % ways == 0 else 1
     part = length // ways
-    count = min(part, -(-length // chunk)) if chunk > 0 else 1
+    count = -(-part // max(1, chunk // ways)) if chunk > 0 else 1
     size = -(-part // count)
 
     def split(x: jax.Array) -> jax.Array:

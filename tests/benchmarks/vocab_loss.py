@@ -11,6 +11,7 @@ arguments and results. Nothing runs. DIR: where `pip install --target DIR --no-d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -54,9 +55,11 @@ def prepare() -> list[str]:
     """Sets what the compilers read when they are loaded, before jax is; returns the targets there are."""
     found = []
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if libtpu := os.environ.get("NEMOJAX_LIBTPU"):
+    libtpu = os.environ.get("NEMOJAX_LIBTPU")
+    if libtpu:
+        os.environ["TPU_LIBRARY_PATH"] = f"{libtpu}/libtpu/libtpu.so"
+    if libtpu or importlib.util.find_spec("libtpu"):
         os.environ |= {
-            "TPU_LIBRARY_PATH": f"{libtpu}/libtpu/libtpu.so",
             "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -124,7 +127,8 @@ def temporaries(
         shape(1, length, dtype=jnp.float32),
     )
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    return program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    memory: Any = program.lower(*arguments).compile().memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 def main() -> None:
@@ -133,12 +137,13 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--chunks", default="1024,512,256", help="positions with logits at once")
+    parser.add_argument("--heads", default="bfloat16,float32", help="dtypes of the student's output matrix")
     args = parser.parse_args()
     sizes = {"length": args.length, "dim": args.dim, "vocab": args.vocab}
     for target in prepare() or ["no target: name NEMOJAX_LIBTPU or NEMOJAX_CUDA_PLUGINS"]:
         print(target, flush=True)
         device = device_of(target)
-        for head in ("bfloat16", "float32"):
+        for head in args.heads.split(","):
             base = 0
             for chunk in (int(c) for c in args.chunks.split(",")):
                 for name, loss in losses(chunk).items():

@@ -1,6 +1,7 @@
 """The distillation loss: nothing to learn from oneself, layers matched by global index, frozen teachers."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,15 @@ def run(loss_fn, params, frozen, data):
     return jax.jit(loss_fn)(params, frozen, data, KEY)
 
 
-def apply(params, arch, data, taps=()):
-    return jax.jit(lambda p, d: llama.apply(p, arch, d, taps=taps))(params, data)
+def apply(params, arch, data, taps=()) -> Any:
+    """(logits, taps); a dict of both kinds of taps cannot leave a program, as their names have no order."""
+
+    def fn(params, data):
+        logits, tapped = llama.apply(params, arch, data, taps=taps)
+        return logits, [tapped[tap] for tap in taps]
+
+    logits, tapped = jax.jit(fn)(params, data)
+    return logits, dict(zip(taps, tapped, strict=True))
 
 
 def cos(a, b):
@@ -113,12 +121,16 @@ def test_a_tap_of_attention_is_what_it_adds(other, remat):
     """The stream after a layer whose feed-forward is gone, less the stream before it."""
     arch = PARENT.replace(blocks=(OTHER.blocks[0], BlockSpec(Attention(2), NoOp())))
     params = {**other, "runs": dict(other["runs"])}
-    params["runs"]["run_1"] = {"attn": jax.tree.map(lambda w: w[:1], other["runs"]["run_1"]["attn"])}
+    params["runs"]["001"] = {"attn": jax.tree.map(lambda w: w[:1], other["runs"]["001"]["attn"])}
     compute = llama.Compute(remat=remat)
-    taps = jax.jit(lambda p: llama.hidden(p, arch, batch(), taps=(0, 1, ("attn", 1)), compute=compute)[1])(
-        params
-    )
-    np.testing.assert_allclose(taps["attn", 1], taps[1] - taps[0], atol=1e-5)
+    tapped: tuple[llama.Tap, ...] = (0, 1, ("attn", 1))
+
+    def fn(params):
+        taps = llama.hidden(params, arch, batch(), taps=tapped, compute=compute)[1]
+        return [taps[tap] for tap in tapped]
+
+    before, after, added = jax.jit(fn)(params)
+    np.testing.assert_allclose(added, after - before, atol=1e-5)
 
 
 def test_mesh_and_chunks_change_nothing_but_rounding(teacher, student):
