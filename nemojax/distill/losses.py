@@ -167,8 +167,7 @@ def distill_loss(
     `batch["weights"]` counts, and the weights are those of step `batch["step"]` (0 without it). `chunk`
     positions of a row have logits at once; 0: all. Where the batch brings `teacher_ids` and
     `teacher_logps` ([B, T, K], better with `teacher_tail` [B, T]: what `teacher_top_k` gives), divergences
-    come from these, and no teacher runs but for hidden terms; `frozen` may then be None. ValueError for
-    teachers that do not fit.
+    come from these, and `frozen` may be None without hidden terms. ValueError for teachers that do not fit.
     """
     everyone = _teachers(teachers)
     shares = [t.share / sum(t.share for t in everyone) for t in everyone]
