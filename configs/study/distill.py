@@ -3,10 +3,9 @@
     nemojax run --config=configs/study/distill.py --workdir=runs/distill-study
     nemojax run --config=configs/study/distill.py:small --workdir=runs/distill-study-small  (minutes)
 
-For each of three seeds the parent loses three quarters of its feed-forward channels and half of its heads, by the
-activations of other texts, and the child learns the same tokens by one loss after another; a cache of the
-parent's likeliest 100 tokens stands in for it once. `compare/table.md` has mean and spread;
-`notebooks/README.md` says what came.
+For each of three seeds the parent loses three quarters of its feed-forward channels and half of its heads, by
+the activations of other texts, and the child learns the same tokens by one loss after another; a cache of the
+parent's likeliest 100 tokens stands in for it once. `compare/table.md` has mean and spread.
 """
 
 from ml_collections import ConfigDict
