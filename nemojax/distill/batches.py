@@ -54,7 +54,8 @@ class View:
 
 
 class OfflineBatches(View):
-    """A loader's batches with `teacher_ids` i32 and `teacher_logps` f32 [B, T, top_k] out of a cache.
+    """A loader's batches with `teacher_ids`, `teacher_logps` [B, T, K] and `teacher_tail` [B, T] of a cache,
+    for a loss of `top_k` tokens, which takes the first of K.
 
     What the next `ahead` batches need is read and unpacked meanwhile, in a thread. ValueError for rows that
     the cache does not have or that its teacher read otherwise, and for more tokens than it keeps.
@@ -67,8 +68,8 @@ class OfflineBatches(View):
             raise ValueError(
                 f"{cache.url}: expected loss.top_k from 1 to the {kept} tokens that it keeps, got {top_k}"
             )
-        self.cache, self.top_k, self.ahead = cache, top_k, ahead
-        self._reads: dict[bytes, Future[tuple[np.ndarray, np.ndarray]]] = {}
+        self.cache, self.ahead = cache, ahead
+        self._reads: dict[bytes, Future[dict[str, np.ndarray]]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def __next__(self) -> Batch:
@@ -79,8 +80,8 @@ class OfflineBatches(View):
         wanted = [rows + n * jax.process_count() * len(rows) for n in range(self.ahead + 1)]
         reads = {r.tobytes(): r for r in wanted if int(r.max()) < self.cache.num_rows}
         self._reads = {key: self._reads.get(key) or self._read(r) for key, r in reads.items()}
-        ids, logps = self._reads.pop(rows.tobytes()).result()
-        return {**batch, "teacher_ids": ids[..., : self.top_k], "teacher_logps": logps[..., : self.top_k]}
+        told = self._reads.pop(rows.tobytes()).result()
+        return {**batch, **{f"teacher_{name}": array for name, array in told.items()}}
 
-    def _read(self, rows: np.ndarray) -> Future[tuple[np.ndarray, np.ndarray]]:
+    def _read(self, rows: np.ndarray) -> Future[dict[str, np.ndarray]]:
         return self._thread.submit(self.cache.read(rows))

@@ -1,10 +1,10 @@
 """A teacher's likeliest next tokens for the rows of some training data, on disk or in a bucket.
 
 Row number r of the data stands at [r // B, r % B] of zarr3 arrays with checksums: `ids` and `logps`
-[steps, B, T, K], likeliest first, and `tail` [steps, B, T], the probability of all other tokens. A file holds
-one place of the batch over `steps_per_file` steps, so processes that share out the rows of a batch share no
-file. `hash` [steps, B] is written last: a row whose hash is there is there. `cache.json` says of which
-teacher, tokenizer and data all this is.
+[steps, B, T, K], likeliest first, and `tail` [steps, B, T], the log-probability of all others together. A
+file holds one place of the batch over `steps_per_file` steps, so processes that share out the rows of a batch
+share no file. `hash` [steps, B] is written last: a row whose hash is there is there. `cache.json` says of
+which teacher, tokenizer and data all this is.
 
 Legend: B rows of a step, T positions, K tokens kept, N rows asked for.
 """
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 ABOUT, FOLDER = "cache.json", "rows"
 CACHED_BYTES = 64 << 20  # of what tensorstore has read
 Value = TypeVar("Value")
-Reading = Callable[[], tuple[np.ndarray, np.ndarray]]  # waits for ids and log-probabilities [N, T, K]
+Reading = Callable[[], dict[str, np.ndarray]]  # waits for ids, logps [N, T, K] and tail [N, T] of N rows
 
 
 @dataclass(frozen=True)
@@ -171,34 +171,23 @@ class TeacherCache:
             )
 
     def read(self, rows_N: np.ndarray) -> Reading:
-        """Begins to read; what is returned waits: ids i32 and log-probabilities f32 [N, T, K] of these rows.
-
-        Log-probabilities of fewer bits are scaled so that they and the tail sum to 1. ValueError for rows
-        that are damaged.
-        """
+        """Begins to read these rows; what is returned waits. ValueError, then, for one that is damaged."""
         step_N, place_N = np.divmod(rows_N, self.told.batch_size)
         reads = {
             name: self._ask(lambda name=name: self._arrays[name][step_N, place_N].read())
             for name in ("ids", "logps", "tail")
         }
 
-        def result() -> tuple[np.ndarray, np.ndarray]:
+        def result() -> dict[str, np.ndarray]:
             found = self._ask(lambda: {name: one.result() for name, one in reads.items()})
-            return self._unpack(rows_N, found)
+            firsts = np.stack([found["logps"][:, 0, 0].astype(np.float32), found["tail"][:, 0]])
+            there_N = np.isfinite(firsts).all(0) & (found["ids"][:, 0, 0] < self.told.vocab_size)
+            if not there_N.all():  # what a file that is gone reads as
+                row = rows_N[there_N.argmin()]
+                raise ValueError(f"{self.url}: row {row}: damaged, a file is missing; write the cache again")
+            return {**found, "ids": found["ids"].astype(np.int32)}
 
         return result
-
-    def _unpack(self, rows_N: np.ndarray, found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        ids_NTK, tail_NT = found["ids"], found["tail"]
-        logps_NTK = found["logps"].astype(np.float32, copy=False)
-        there_N = np.isfinite(logps_NTK[:, 0, 0] + tail_NT[:, 0]) & (ids_NTK[:, 0, 0] < self.told.vocab_size)
-        if not there_N.all():  # what a file that is gone reads as
-            row = rows_N[there_N.argmin()]
-            raise ValueError(f"{self.url}: row {row}: damaged, a file is missing; write the cache again")
-        if self.told.dtype != "float32":
-            mass_NT = np.exp(logps_NTK).sum(-1)
-            logps_NTK += np.log(np.maximum(1 - tail_NT, 1e-30) / mass_NT)[..., None]
-        return ids_NTK.astype(np.int32), logps_NTK
 
     def _parse(self, text: bytes) -> About:
         try:

@@ -1,6 +1,6 @@
 """The `cache` stage: a teacher reads training data once, and what it thinks comes next is kept.
 
-For every position its `top_k` likeliest tokens with their log-probabilities, and the probability of the rest
+For every position its `top_k` likeliest tokens with their log-probabilities, and that of all others together
 (`cache_store`). Distillation with the same data then needs no teacher for its next-token terms.
 
 Legend: B rows, T positions, D model, K tokens kept.
@@ -113,7 +113,7 @@ def make_program(arch: ArchSpec, cfg: Config, mesh: Mesh) -> Program:
         return {
             "ids": told["teacher_ids"].astype(kind),
             "logps": told["teacher_logps"].astype(cfg.dtype),
-            "tail": jnp.maximum(1 - jnp.sum(jnp.exp(told["teacher_logps"]), axis=-1), 0.0),
+            "tail": told["teacher_tail"],
             "column": batch["column"],
         }
 
@@ -142,7 +142,7 @@ def _fill(
             writes = cache.write(step, places, arrays)
             commit = _committer(cache, step, hashes, writes, batches.state(), workdir)
             if is_primary():
-                log.write(stop, {"cache/tail": float(arrays["tail"].mean())})
+                log.write(stop, {"cache/tail": float(np.exp(arrays["tail"]).mean())})
             if sigterm.stops_here():
                 commit()
                 raise Preempted(stop)

@@ -8,6 +8,9 @@ pass up to the log-probability of the targets), student (a step of next-token tr
 KL, by KL and cosine, and by KL out of a cache of the top 32 tokens take turns. f32, AdamW, batch 32 x 128.
 Printed are medians over rounds, and of the ratios to teacher + student of the same round (to the student
 alone for the cache), in wall and CPU seconds.
+
+With --rounds=7 --steps=2, on two shared cores: 0.92 of teacher + student by KL, 0.96 by KL and cosine (wall;
+0.92 and 0.92 in CPU seconds), and 0.84 of the student's own step out of a cache.
 """
 
 import argparse
@@ -21,8 +24,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import BlockSpec, NoOp, SwiGLU, uniform
-from nemojax.distill.losses import DistillWeights, Teacher, distill_loss
-from nemojax.losses.divergence import Comparison, Head, TopK, top_k_of
+from nemojax.distill.losses import DistillWeights, Teacher, distill_loss, teacher_top_k
 from nemojax.model import llama
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig, make_optimizer
@@ -52,9 +54,8 @@ def programs(vocab: int) -> dict[str, Callable[[], None]]:
     batch = rows(vocab)
     forward = lm_loss(parent, COMPUTE)
     score = jax.jit(lambda params, batch: forward(params, None, batch, jax.random.key(0))[0])
-    tell = jax.jit(lambda params, batch: said(params, parent, batch))
-    ids, logps = tell(teacher, batch)
-    cached = {**batch, "teacher_ids": np.asarray(ids), "teacher_logps": np.asarray(logps)}
+    tell = jax.jit(teacher_top_k(parent, DistillWeights(top_k=TOP_K), COMPUTE))
+    cached = {**batch, **jax.device_get(tell(teacher, batch))}
 
     def distilled(terms: DistillWeights) -> LossFn:
         return distill_loss(child, [Teacher(parent)], terms, COMPUTE)
@@ -66,12 +67,6 @@ def programs(vocab: int) -> dict[str, Callable[[], None]]:
         "kl + cosine": training(child, distilled(DistillWeights()), teacher, batch),
         CACHED: training(child, distilled(DistillWeights(cosine=0.0, top_k=TOP_K)), None, cached),
     }
-
-
-def said(params: Any, arch: Any, batch: Any) -> TopK:
-    h_BTD, _ = llama.hidden(params, arch, batch, compute=COMPUTE)
-    head = Head(llama.final_norm(params, arch, h_BTD), llama.head_weight(params))
-    return top_k_of([head], how=Comparison(top_k=TOP_K))
 
 
 def training(arch: Any, loss_fn: LossFn, frozen: Any, batch: Any) -> Callable[[], None]:

@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
         {"parent": parent, "other": parent, "child": parent.replace(blocks=blocks)}.items()
     ):
         # larger weights than fresh ones, so that distributions are far from even
-        make = jax.jit(lambda key, arch=arch: jax.tree.map(lambda w: 2 * w, init_params(arch, key)))
+        make = jax.jit(lambda key, arch=arch: jax.tree.map(lambda w: 1.5 * w, init_params(arch, key)))
         params = make(jax.random.key(seed))
         save_params(path / name, arch, params, tokenizer_dir=path / "tokenizer")
     return path

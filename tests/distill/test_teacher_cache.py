@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemojax.checkpoints.artifact import load_params
+from nemojax.checkpoints.artifact import load_model, load_params
 from nemojax.config import from_dict
 from nemojax.data.mixture import TextData, train_batches
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -22,6 +21,7 @@ from nemojax.distill import distill, teacher_cache
 from nemojax.distill.cache_store import TeacherCache, row_hashes
 from nemojax.distill.teachers import check_cache
 from nemojax.model import llama
+from nemojax.sharding import make_mesh, place_batch, use_mesh
 from tests.distill.test_run import config, log
 
 STEPS, TOP_K = 6, 8
@@ -49,6 +49,7 @@ def offline(folder, data, written, **values) -> distill.Config:
             "teaching": {"cache": str(written)},
             "loss": {"top_k": TOP_K, "cosine": 0.0},
             "fit": {"steps": STEPS, "log_every": 1},
+            "mesh": {"data": 8, "fsdp": 1},
         }
         | values,
     )
@@ -56,16 +57,21 @@ def offline(folder, data, written, **values) -> distill.Config:
 
 def test_it_holds_what_the_teacher_says_of_every_row(folder, data, written):
     cache = TeacherCache(str(written / "rows"))
-    arch, params = load_params(folder / "parent")
+    mesh = make_mesh()
+    arch, params = load_model(folder / "parent", mesh)
+    apply = jax.jit(lambda params, batch: jax.nn.log_softmax(llama.apply(params, arch, batch)[0]))
     loader = train_batches(from_dict(TextData, data), load_tokenizer(folder / "parent"))
     for _ in range(STEPS):
         batch = next(loader)
         cache.check(loader.rows, row_hashes(batch))
-        ids, logps = cache.read(loader.rows)()
-        wanted = jax.nn.log_softmax(llama.apply(params, arch, jax.tree.map(jnp.asarray, batch))[0])
-        # logits go up to some tens: what f32 leaves of them on eight devices and on one
-        np.testing.assert_allclose(logps, jax.lax.top_k(wanted, TOP_K)[0], atol=3e-4)
-        np.testing.assert_allclose(jnp.take_along_axis(wanted, ids, -1), logps, atol=3e-4)
+        told = cache.read(loader.rows)()
+        with use_mesh(mesh):
+            wanted = np.asarray(apply(params, place_batch(batch, mesh)))
+        order = np.argsort(-wanted, axis=-1, kind="stable")
+        likeliest, others = np.split(np.take_along_axis(wanted, order, -1), [TOP_K], axis=-1)
+        np.testing.assert_allclose(told["logps"], likeliest, atol=2e-5)
+        np.testing.assert_allclose(np.take_along_axis(wanted, told["ids"], -1), likeliest, atol=2e-5)
+        np.testing.assert_allclose(np.exp(told["tail"]), np.exp(others).sum(-1), atol=1e-5)
     assert cache.num_rows == 48
     assert [row["step"] for row in map(json.loads, (written / "metrics.jsonl").open())] == [4, 6]
 
@@ -179,8 +185,7 @@ def start(values: dict, workdir: Path, count: int = 1, **env: str) -> list[int]:
 
 def contents(cache: Path) -> dict[str, np.ndarray]:
     store = TeacherCache(str(cache))
-    ids, logps = store.read(np.arange(store.num_rows))()
-    return {"ids": ids, "logps": logps, "hash": store._hashes}
+    return {**store.read(np.arange(store.num_rows))(), "hash": store._hashes}
 
 
 @pytest.mark.slow
