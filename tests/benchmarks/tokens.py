@@ -4,7 +4,8 @@
 
 The texts are Python's own standard library, a file a document, written out until there are 16 MB of them. The
 tokenizer is trained on a part. Medians are printed; `threads` is one process with the threads of the Rust
-library. The wall time of starting workers is in.
+library. The time of starting workers is in. Where other programs run too, CPU seconds tell more: equal ones
+mean that workers cost nothing but their cores.
 """
 
 import argparse
@@ -43,19 +44,28 @@ def write_texts(path: Path) -> list[str]:
 def measure_tokenize(folder: Path, ways: dict[str, int], repeats: int) -> None:
     source = Source(name="code", kind="jsonl", path=str(folder / "code.jsonl"))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    busy: dict[str, list[float]] = {way: [] for way in ways}
     result = {}
     for repeat in range(repeats):
         for way, workers in ways.items():
             os.environ["TOKENIZERS_PARALLELISM"] = "true" if way == "threads" else "false"
             cfg = tokenize.Config(str(folder / "tokenizer"), (source,), workers=workers, shard_documents=256)
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             result = tokenize.run(cfg, folder / f"{way.replace(' ', '-')}-{repeat}")
             seconds[way].append(time.perf_counter() - start)
+            busy[way].append(cpu_seconds() - cpu)
     tokens = result["tokens"] + result["heldout_tokens"]
     print(f"{result['documents']} documents, {tokens:,} tokens")
     for way, found in seconds.items():
-        median = statistics.median(found)
-        print(f"tokenize, {way:10} {median:6.2f} s  {tokens / median:12,.0f} tokens/s")
+        median, cpu = statistics.median(found), statistics.median(busy[way])
+        rate = f"{tokens / median:9,.0f} tokens/s, {tokens / cpu:9,.0f} per CPU second"
+        print(f"tokenize, {way:10} {median:6.2f} s  {rate}")
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def measure_plan(length: int, repeats: int) -> None:
