@@ -180,11 +180,11 @@ def _first(cached: TopK, k: int) -> TopK:
             "cache anew"
         )
     logps_BTK = cached.logps_BTK.astype(jnp.float32)
-    first = TopK(cached.ids_BTK[..., :k], logps_BTK[..., :k])
     if cached.tail_BT is None:
-        return first
-    rest_BTK = jnp.concatenate([logps_BTK[..., k:], cached.tail_BT[..., None].astype(jnp.float32)], axis=-1)
-    return first._replace(tail_BT=jax.nn.logsumexp(rest_BTK, axis=-1))
+        return TopK(cached.ids_BTK[..., :k], logps_BTK[..., :k])
+    all_BTK = jnp.concatenate([logps_BTK, cached.tail_BT[..., None].astype(jnp.float32)], axis=-1)
+    all_BTK = jax.nn.log_softmax(all_BTK)  # kept in fewer bits they do not sum to 1
+    return TopK(cached.ids_BTK[..., :k], all_BTK[..., :k], jax.nn.logsumexp(all_BTK[..., k:], axis=-1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -161,6 +161,22 @@ def test_the_cache_of_a_teacher_is_as_good_as_the_teacher():
         for a, b in zip(jax.tree.leaves(online[0]), jax.tree.leaves(offline[0]), strict=True):
             assert float(a) == pytest.approx(float(b), rel=1e-5)
         check_gradient(offline[1], online[1])
+    rough = kept._replace(logps_BTK=kept.logps_BTK.astype(jnp.bfloat16))
+    (loss, _), _ = value_and_gradient(rough, shares, how, 4)(STUDENT)
+    assert float(loss) == pytest.approx(float(online[0][0]), rel=0.01)
+    # a distribution still: its divergence from itself is nothing
+    itself = Head(jnp.asarray(np.log(spread_out(rough)), jnp.float32), jnp.eye(V))
+    _, sums = vocab_loss(itself, rough, {"kl": 1.0}, POSITIONS, how=Comparison(top_k=7))
+    assert abs(float(sums["kl"])) < 1e-4
+
+
+def spread_out(kept: TopK) -> Any:
+    """Probabilities [B, T, V] of kept outcomes, normalised; the tail in equal parts for all others."""
+    p = np.full(
+        (B, T, V), np.exp(np.asarray(kept.tail(), np.float64))[..., None] / (V - kept.ids_BTK.shape[-1])
+    )
+    np.put_along_axis(p, np.asarray(kept.ids_BTK), np.exp(np.asarray(kept.logps_BTK, np.float64)), -1)
+    return p / p.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 1, 4), (1, 8, 1, 1)], ids=str)
