@@ -55,8 +55,8 @@ ROWS, LENGTH, CAPACITY = 8, 256, 1024
 
 
 @pytest.fixture(scope="module")
-def mesh():
-    """Four v5e chips: fsdp=2, tensor=2."""
+def chips():
+    """Four v5e chips."""
     with pytest.MonkeyPatch.context() as patch:
         if LIBTPU:
             patch.setenv("TPU_LIBRARY_PATH", f"{LIBTPU}/libtpu/libtpu.so")
@@ -65,7 +65,12 @@ def mesh():
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-        yield make_mesh(MeshConfig(fsdp=2, tensor=2), topology.devices)
+        yield topology.devices
+
+
+@pytest.fixture(scope="module")
+def mesh(chips):
+    return make_mesh(MeshConfig(fsdp=2, tensor=2), chips)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -102,9 +107,11 @@ def collectives(compiled: Any) -> set[str]:
     )
 
 
-def train_state(mesh: jax.sharding.Mesh, tx: optax.GradientTransformation) -> TrainState:
+def train_state(
+    mesh: jax.sharding.Mesh, tx: optax.GradientTransformation, arch: ArchSpec = ARCH
+) -> TrainState:
     """Abstract, with moments that are split as their parameters."""
-    params = abstract(llama.abstract_params(ARCH), llama.param_shardings(ARCH, mesh))
+    params = abstract(llama.abstract_params(arch), llama.param_shardings(arch, mesh))
     everywhere = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree.map_params(
         tx,
@@ -117,13 +124,16 @@ def train_state(mesh: jax.sharding.Mesh, tx: optax.GradientTransformation) -> Tr
     return TrainState(count, params, moments, None, key, count)
 
 
+def abstract_batch(mesh: jax.sharding.Mesh, rows: int, length: int, *spec: Any) -> dict[str, Any]:
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    batch = {name: ids for name in ("tokens", "targets", "segments", "positions")}
+    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    return over(batch, mesh, *spec)
+
+
 def test_a_training_step(mesh):
     tx = make_optimizer(OptimConfig(), 100)
-    state = train_state(mesh, tx)
-    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    batch = {name: ids for name in ("tokens", "targets", "segments", "positions")}
-    batch["weights"] = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.float32)
-    batch = over(batch, mesh, BATCH_AXES, None)
+    state, batch = train_state(mesh, tx), abstract_batch(mesh, ROWS, LENGTH, BATCH_AXES, None)
     compute = llama.Compute(dtype="bfloat16", remat="full")
     step = make_step(lm_loss(ARCH, compute, chunk=128), tx)
     with use_mesh(mesh):
@@ -136,6 +146,23 @@ def test_a_training_step(mesh):
     (new_state, _) = compiled.output_shardings
     for old, new in zip(jax.tree.leaves(state.params), jax.tree.leaves(new_state.params), strict=True):
         assert new.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_chips_that_share_a_row_share_its_memory(chips):
+    """32,768 tokens: queries stay, keys and values are gathered, and nothing is as large as T x T."""
+    arch = ARCH.replace(context=32768, blocks=(BlockSpec(Attention(2), SwiGLU(1024)),) * 2)
+    length, tx, compute = 32768, make_optimizer(OptimConfig(), 100), llama.Compute("bfloat16", remat="full")
+    step = make_step(lm_loss(arch, compute, chunk=2048), tx)
+    needed = {}
+    for ways in (2, 4):
+        mesh = make_mesh(MeshConfig(fsdp=1, context=ways), chips[:ways])
+        arguments = train_state(mesh, tx, arch), None, abstract_batch(mesh, 1, length, BATCH_AXES, "context")
+        with use_mesh(mesh):
+            compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        memory: Any = compiled.memory_analysis()
+        needed[ways] = memory.temp_size_in_bytes
+        assert {"all-gather", "reduce-scatter"} <= collectives(compiled)
+    assert needed[4] < 0.65 * needed[2] < length * length
 
 
 def test_a_decoding_step(mesh):
