@@ -1,6 +1,7 @@
 """Divergences of chunks against sums written out in f64, their gradients, and the same on every mesh."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -193,6 +194,30 @@ def test_a_mesh_changes_nothing(name, sizes):
     for a, b in zip(jax.tree.leaves(many[0]), jax.tree.leaves(one[0]), strict=True):
         assert float(a) == pytest.approx(float(b), rel=1e-5)
     check_gradient(many[1], one[1])
+
+
+def test_the_matrix_crosses_devices_before_the_chunks_and_its_gradient_after_them():
+    student, teacher = make_head(0, 40), make_head(1, 40)
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    with use_mesh(mesh):
+
+        def placed(*spec):
+            return jax.NamedSharding(mesh, jax.P(*spec))
+
+        head = Head(placed(("data", "fsdp"), "context"), placed("tensor", "fsdp"))
+        fn = jax.grad(lambda s, t: vocab_loss(s, [t], {"kl": 1.0}, POSITIONS, chunk=4)[0])
+        text = jax.jit(fn, in_shardings=(head, head), out_shardings=head).lower(student, teacher).compile()
+    found = re.findall(r"^(ENTRY )?%?[\w.\-]+ .*?\{\n(.*?)^\}", text.as_text() or "", re.M | re.S)
+    moved = {"before or after": set(), "in chunks": set()}
+    for entry, body in found:
+        for shape, name in re.findall(
+            r"= \(?f32\[([\d,]*)\].* (all-gather|all-reduce|reduce-scatter)\(", body
+        ):
+            moved["before or after" if entry else "in chunks"].add((name, shape))
+    # a device's matrix is [12, 20], [12, 40] once gathered; its chunk has 2 rows and 2 positions
+    assert ("all-gather", "12,40") in moved["before or after"]
+    assert any(shape in ("12,40", "12,20") for name, shape in moved["before or after"] if "reduce" in name)
+    assert moved["in chunks"] and not {shape for _, shape in moved["in chunks"]} & {"12,40", "12,20"}
 
 
 def test_a_mesh_selects_the_same_outcomes():
