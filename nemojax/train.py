@@ -28,6 +28,7 @@ from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.checkpoints.training import TrainState, init_state
 from nemojax.commands import EXIT_PREEMPTED
 from nemojax.config import field
+from nemojax.data.reading import SourceUnavailable
 from nemojax.log import RunLog
 from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
@@ -197,7 +198,8 @@ def fit(
     optimiser goes on where the phase begins, `workdir` for that of the phase before; None: a fresh one.
 
     Raises ValueError when a step is not finite (with the step and the last good checkpoint) and
-    `Preempted` (exit code 75) after SIGTERM, with everything saved.
+    `Preempted` (exit code 75) after SIGTERM, with everything saved. A source that cannot be read any more
+    (`SourceUnavailable`) also stops it with everything saved, but for several processes.
     """
     workdir = Path(workdir)
     best = _of_phase(cfg.keep_best, first) if cfg.keep_best else None
@@ -250,7 +252,7 @@ class _Loop:
         with Sigterm() as sigterm, closing(self.checkpoints), closing(log), profiler:
             for step in range(done + 1, self.cfg.steps + 1):
                 profiler.at(step)
-                batch = place_batch(clock.draw(self.batches), self.mesh)
+                batch = self._draw(clock, step, pending)
                 self.state, metrics = step_fn(self.state, self.frozen, batch)
                 # one step late: the host does not wait for the step that it has just started
                 self._check_finite(pending)
@@ -265,6 +267,19 @@ class _Loop:
                     raise Preempted(step)
             self._check_finite(pending)
         return self.state.ema if self.state.ema is not None else self.state.params
+
+    def _draw(self, clock: Clock, step: int, pending: Any) -> dict[str, jax.Array]:
+        """The next batch. Where a source stays away, what was trained so far is saved and the run stops."""
+        try:
+            return place_batch(clock.draw(self.batches), self.mesh)
+        except SourceUnavailable:
+            # several processes could only save together, and the others are in the middle of a step
+            if jax.process_count() == 1:
+                self._check_finite(pending)
+                self.checkpoints.wait()
+                if step - 1 > (self.checkpoints.latest() or 0):
+                    training.save(self.checkpoints, step - 1, self.state, self.batches, {})
+            raise
 
     def _values(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         values = {f"train/{name}": float(value) for name, value in metrics.items() if name != "finite"}

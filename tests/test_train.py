@@ -17,6 +17,7 @@ from nemojax.arch import uniform
 from nemojax.backends.speed import flops_per_token
 from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints, save_params
+from nemojax.data.reading import SourceUnavailable
 from nemojax.model import llama
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule, restart_schedule
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
@@ -249,6 +250,31 @@ def test_a_checkpoint_without_its_place_in_the_data_is_not_resumed(tmp_path):
         ValueError, match="checkpoint 3: expected the position in the data, got none; .*choose"
     ):
         run(tmp_path)
+
+
+class Flaky(RandomBatches):
+    """Away when batch `away` is asked for."""
+
+    def __init__(self, away):
+        super().__init__()
+        self.away = away
+
+    def __next__(self):
+        if self.number + 1 == self.away:
+            raise SourceUnavailable("source web: expected to read it, got 503")
+        return super().__next__()
+
+
+@pytest.mark.parametrize("away", [1, 3, 4])
+def test_a_source_that_stays_away_stops_a_run_that_goes_on_later(tmp_path, away):
+    with pytest.raises(SourceUnavailable, match="web"):
+        run_small(tmp_path / "stopped", 5, Flaky(away), checkpoint_every=2)
+    checkpoints = Checkpoints(tmp_path / "stopped", arch=ARCH)
+    assert checkpoints.latest() == (away - 1 or None)
+    checkpoints.close()
+    resumed = run_small(tmp_path / "stopped", 5, RandomBatches(), checkpoint_every=2)
+    assert same(resumed, run_small(tmp_path / "whole", 5, RandomBatches(), checkpoint_every=2))
+    assert [line["step"] for line in lines(tmp_path / "stopped")] == [1, 2, 3, 4, 5]
 
 
 def test_average_of_the_weights_is_what_is_returned_and_resumed(tmp_path):

@@ -7,8 +7,6 @@ window needs none of the layers before it. Legend: B batch, T tokens, D model.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +23,13 @@ from jax.sharding import Mesh
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
 from nemojax.checkpoints import store
 from nemojax.checkpoints.artifact import memory_shapes, outer_shapes, params_reader
+from nemojax.checkpoints.digest import bit_sums, digest_of_sums
 from nemojax.compress.bld import batch_inputs, enter, take
 from nemojax.model.layout import run_name
 from nemojax.model.llama import Compute, apply_blocks, logical_axes
 from nemojax.sharding import shardings_of
 
 EMPTY = BlockSpec(NoOp(), NoOp())
-MIXERS = (2654435761, 2246822519)  # odd, so that a product with one of them loses no bit
 Source = Mapping[str, Any] | str | os.PathLike
 
 
@@ -77,11 +75,10 @@ class Parent:
             for index, run in enumerate(self.arch_of(window).runs()):
                 for path, leaf in store.flat_paths(params["runs"][run_name(index)]).items():
                     layers = [window.start + layer for layer in run.layers]
-                    sums |= zip((f"layers/{i}/{path}" for i in layers), _sums(leaf), strict=True)
+                    sums |= zip((f"layers/{i}/{path}" for i in layers), bit_sums(leaf), strict=True)
         for path, leaf in self._weights(outer_shapes(self.arch), self.arch).items():
-            [sums[path]] = _sums(leaf[None])
-        text = json.dumps([self.arch.to_json(), sums], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+            [sums[path]] = bit_sums(leaf[None])
+        return digest_of_sums(self.arch, sums)
 
     def _weights(self, wanted: Mapping[str, tuple[int, ...]], padded: ArchSpec) -> dict[str, Any]:
         """Flat {path: array on the devices} of the `wanted` shapes, paths as `padded` has them in memory."""
@@ -187,24 +184,3 @@ def _cut(params: Mapping[str, Any], arch: ArchSpec, padded: ArchSpec, path: str)
             start, stop = run.layers.index(first), run.layers.index(last) + 1
             return whole if stop - start == len(run.layers) else whole[start:stop]
     raise AssertionError(f"{path}: layer {first} is in no run")
-
-
-def _sums(stacked: Any) -> list[list[int]]:
-    """Two sums over the bits of each entry of a stack."""
-    return store.to_host(_mixed(stacked)).tolist()
-
-
-@jax.jit
-def _mixed(stacked: jax.Array) -> jax.Array:
-    """[L, 2]: each element's bits times an odd number that depends on its place, added modulo 2**32.
-
-    Whole numbers are added to the same sum in any order, so a mesh changes nothing.
-    """
-    bits = jax.lax.bitcast_convert_type(stacked, jnp.dtype(f"uint{8 * stacked.dtype.itemsize}"))
-    bits = bits.astype(jnp.uint32)
-    place = jnp.zeros(stacked.shape, jnp.uint32)
-    for axis in range(1, stacked.ndim):
-        place = place * stacked.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, stacked.shape, axis)
-    inner = tuple(range(1, stacked.ndim))
-    mixed = [jnp.sum(bits * (2 * place * np.uint32(mixer) + 1), inner, dtype=jnp.uint32) for mixer in MIXERS]
-    return jnp.stack(mixed, axis=1)

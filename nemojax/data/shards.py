@@ -33,6 +33,7 @@ import numpy as np
 
 from nemojax.data.examples import Example, Examples
 from nemojax.data.tokenizer import Tokenizer
+from nemojax.data.vocabulary import tokenizer_digest
 
 FORMAT_VERSION = 1
 INDEX, DOCUMENTS = "index.json", "documents.bin"
@@ -85,10 +86,8 @@ def dtype_for(tokenizer: Tokenizer) -> np.dtype:
 
 @functools.lru_cache(maxsize=4)
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A hex digest of what decides the ids of a document, however its file is formatted."""
-    content = json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8"))
-    decides = {k: v for k, v in content.items() if k not in ("version", "decoder", "post_processor")}
-    return _digest([decides, tokenizer.bos_id, tokenizer.eos_id])
+    """A hex digest of what decides the ids of a document, its first and last one among them."""
+    return _digest([tokenizer_digest(tokenizer), tokenizer.bos_id, tokenizer.eos_id])
 
 
 def num_shards(documents: int, shard_documents: int) -> int:

@@ -22,12 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec
 from nemojax.checkpoints.artifact import load_model
+from nemojax.checkpoints.digest import weights_digest
 from nemojax.config import field, required
 from nemojax.data.mixture import TextData, train_batches
 from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import check_vocab, load_tokenizer
+from nemojax.data.vocabulary import tokenizer_digest
 from nemojax.distill.cache_store import FOLDER, About, TeacherCache, row_hashes
-from nemojax.distill.identity import tokenizer_digest, weights_digest
 from nemojax.distill.losses import DistillWeights, teacher_top_k
 from nemojax.log import RunLog
 from nemojax.model.llama import Compute, Params

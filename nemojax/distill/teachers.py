@@ -12,10 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec, load_arch
 from nemojax.checkpoints.artifact import load_model, load_params
+from nemojax.checkpoints.digest import weights_digest
 from nemojax.config import field, required
 from nemojax.data.tokenizer import Tokenizer, load_tokenizer
+from nemojax.data.vocabulary import shared_vocab, tokenizer_digest
 from nemojax.distill.cache_store import TeacherCache
-from nemojax.distill.identity import shared_vocab, tokenizer_digest, weights_digest
 from nemojax.distill.losses import DistillWeights, Teacher, distill_loss
 from nemojax.model.llama import Compute, Params, param_shardings
 from nemojax.sharding import on_primary

@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 
 from nemojax.checkpoints.artifact import load_model, load_params, save_params
+from nemojax.checkpoints.digest import weights_digest
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
-from nemojax.distill.identity import shared_vocab, tokenizer_digest, weights_digest
+from nemojax.data.vocabulary import shared_vocab, tokenizer_digest
 from nemojax.distill.losses import STAND_IN, DistillWeights, TokenTerms
 from nemojax.distill.measure import Heldout
 from nemojax.distill.teachers import Teaching, find_teachers

@@ -1,4 +1,4 @@
-"""Whether two tokenizers, or the weights of two files, are the same."""
+"""Whether two tokenizers cut a text into the same ids."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from nemojax.arch import ArchSpec
-from nemojax.checkpoints import store
 from nemojax.data.tokenizer import Tokenizer
 
 CUTS = ("normalizer", "pre_tokenizer", "model")  # what decides how a text is cut, but for added tokens
-MIXERS = (2654435761, 2246822519)  # odd, so that a product with one of them loses no bit
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """A digest of what decides the ids of a text, whoever wrote the file."""
     spec = _spec(tokenizer)
-    return _digest([[spec[name] for name in CUTS], _added(spec)])
+    decides = json.dumps([[spec[name] for name in CUTS], _added(spec)], sort_keys=True)
+    return hashlib.sha256(decides.encode()).hexdigest()[:32]
 
 
 def shared_vocab(one: Tokenizer, other: Tokenizer) -> int:
@@ -34,25 +28,6 @@ def shared_vocab(one: Tokenizer, other: Tokenizer) -> int:
     differ = [int(i) for i in added[0].keys() | added[1].keys() if added[0].get(i) != added[1].get(i)]
     shared = min(differ, default=max(one.vocab_size, other.vocab_size))
     return shared if shared > max(_inner_ids(specs[0]), default=-1) else 0
-
-
-def weights_digest(arch: ArchSpec, params: Mapping[str, Any]) -> str:
-    """A digest of an architecture and of every bit of its weights, the same on any mesh."""
-    sums = {path: store.to_host(_mixed(leaf)).tolist() for path, leaf in store.flat_paths(params).items()}
-    return _digest([arch.to_json(), sums])
-
-
-@jax.jit
-def _mixed(leaf: jax.Array) -> jax.Array:
-    """[2] u32: each element's bits times an odd number that depends on its place, added modulo 2**32.
-
-    Whole numbers are added to the same sum in any order, so a mesh changes nothing.
-    """
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.stack([jnp.sum(bits * (2 * place * np.uint32(m) + 1), dtype=jnp.uint32) for m in MIXERS])
 
 
 def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -73,7 +48,3 @@ def _inner_ids(spec: Mapping[str, Any]) -> list[int]:
     vocab, added = spec["model"]["vocab"], _added(spec)
     ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
     return [i for i in ids if str(i) not in added]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
