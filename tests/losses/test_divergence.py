@@ -201,10 +201,10 @@ def test_the_matrix_crosses_devices_before_the_chunks_and_its_gradient_after_the
     mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
     with use_mesh(mesh):
 
-        def placed(*spec):
+        def placed(*spec) -> Any:
             return jax.NamedSharding(mesh, jax.P(*spec))
 
-        head = Head(placed(("data", "fsdp"), "context"), placed("tensor", "fsdp"))
+        head: Any = Head(placed(("data", "fsdp"), "context"), placed("tensor", "fsdp"))
         fn = jax.grad(lambda s, t: vocab_loss(s, [t], {"kl": 1.0}, POSITIONS, chunk=4)[0])
         text = jax.jit(fn, in_shardings=(head, head), out_shardings=head).lower(student, teacher).compile()
     found = re.findall(r"^(ENTRY )?%?[\w.\-]+ .*?\{\n(.*?)^\}", text.as_text() or "", re.M | re.S)
