@@ -29,9 +29,10 @@ OTHERS = {
     ),
     "chat": ("nemojax.generate.commands", "chat_command", "a conversation in the terminal"),
     "export": ("nemojax.checkpoints.commands", "export_command", "artifact -> HF directory"),
+    "plan": ("nemojax.plan.commands", "plan_command", "whether a step fits a machine, how fast it can be"),
     "run": ("nemojax.pipeline", "command", "run a whole pipeline of stages"),
 }
-ORDER = ("import", *STAGES, "search", "generate", "serve", "chat", "export", "run")
+ORDER = ("import", *STAGES, "search", "generate", "serve", "chat", "export", "plan", "run")
 
 STAGE_USAGE = "nemojax {} [--config=FILE.py] --workdir=DIR [--config.a.b=value ...]"
 EPILOG = """\

@@ -36,7 +36,7 @@ from nemojax.model.block import apply_block, block_axes
 from nemojax.model.layout import run_name
 from nemojax.model.llama import Compute, batch_context, embed
 from nemojax.optim import OptimConfig, make_optimizer
-from nemojax.sharding import place_batch, shardings_like, shardings_of, use_mesh
+from nemojax.sharding import place_batch, platform, shardings_like, shardings_of, use_mesh
 from nemojax.train import Preempted, Sigterm
 
 Weights = dict[Part, dict[str, Any]]  # of a variant, or of a stack of them: its parts, their weights
@@ -169,7 +169,7 @@ class _Loop:
             where = "bld.tokens" if self.bld.tokens else "bld.steps"
             for step, batch in enumerate(take(batches, self.steps, where, first), first + 1):
                 inputs = batch_inputs(batch, self.before, step - 1, self.mesh)
-                state, losses = _step(
+                state, losses = train_step(
                     self.arch,
                     self.kinds,
                     self.bld.optim,
@@ -322,7 +322,7 @@ def parent_streams(
     static_argnames=("arch", "kinds", "optim", "steps", "compute", "side_by_side", "places"),
     donate_argnames="state",
 )
-def _step(
+def train_step(
     arch: ArchSpec,
     kinds: tuple[Kind, ...],
     optim: OptimConfig,
@@ -354,7 +354,7 @@ def _step(
 
 def _over_stack(fn: Callable[..., Any], side_by_side: int, stacks: tuple) -> Any:
     """fn over the leading axis. A CPU is faster at one plain matmul after another than at batched ones."""
-    count = side_by_side or (1 if jax.default_backend() == "cpu" else jax.tree.leaves(stacks)[0].shape[0])
+    count = side_by_side or (1 if platform() == "cpu" else jax.tree.leaves(stacks)[0].shape[0])
     return jax.lax.map(lambda one: fn(*one), stacks, batch_size=count if count > 1 else None)
 
 

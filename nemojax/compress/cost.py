@@ -13,6 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, NoOp, block_params
+from nemojax.backends.chips import chip_names
 from nemojax.compress.subblock import PARTS, Part, Sub, sub_of
 from nemojax.config import field, required
 
@@ -46,7 +47,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class CostConfig:
-    """The situation that costs are counted and measured in."""
+    """The situation that costs are counted and measured in. `timing_dtype` is that of every time's source."""
 
     batch: int = field(8, "sequences in the KV cache")
     context: int = field(1024, "tokens of each sequence in the KV cache")
@@ -56,9 +57,19 @@ class CostConfig:
     timing_length: int = field(128, "tokens in a prefill, and in the cache of a decode step")
     timing_dtype: Literal["float32", "bfloat16"] = field("float32", "dtype of what is measured")
     repeats: int = field(7, "measurements; the median counts")
+    prices: str = field(
+        "measured", "where times come from: measured (here), roofline:CHIP, or compiled:CHIP (a TPU)"
+    )
     scenarios: tuple[Scenario, ...] = field((), "requests to measure as well, each with columns of its own")
 
     def __post_init__(self):
+        kind, _, chip = self.prices.partition(":")
+        known = {"measured": [""], "roofline": [*chip_names(), "cpu"], "compiled": chip_names("tpu")}
+        if chip not in known.get(kind, []):
+            raise ValueError(
+                f"prices: expected measured, roofline:CHIP of {', '.join(known['roofline'])}, or "
+                f"compiled:CHIP of {', '.join(known['compiled'])}, got {self.prices!r}"
+            )
         names = [scenario.name for scenario in self.scenarios]
         if len(set(names)) < len(names):
             raise ValueError(f"scenarios: expected different names, got {', '.join(names)}")
@@ -97,12 +108,12 @@ def block_costs(
     prices: Prices | None = None,
 ) -> dict[BlockSpec, dict[str, float]]:
     """{block: {"params", "memory_mib", "kv_mib", and as configured "prefill_ms", "decode_ms", and of each
-    scenario NAME_ms and NAME_memory_mib}}. `prices`: None measures on this machine."""
+    scenario NAME_ms and NAME_memory_mib}}. `prices`: None takes the configuration's source."""
     blocks = list(dict.fromkeys(option for options in choices for option in options))
     costs = {block: counted(arch, block, config) for block in blocks}
     seen: dict[tuple[Part, Sub, Step], float] = {}
     for column, passes in times(config).items():
-        prices = prices or _stopwatch(config)
+        prices = prices or _prices(config)
         for block in blocks:
             ms = 0.0
             for part in PARTS:
@@ -169,7 +180,7 @@ def fixed_costs(
     out |= {f"{s.name}_memory_mib": mib for s in config.scenarios}
     seen: dict[Step, float] = {}
     for column, passes in times(config).items():
-        prices = prices or _stopwatch(config)
+        prices = prices or _prices(config)
         for step, _ in passes:
             if step not in seen:
                 seen[step] = prices.outer_ms(arch, step)
@@ -190,7 +201,7 @@ def provenance(config: CostConfig, prices: Prices | None = None) -> dict[str, st
             f"counted at batch {s.batch}, context {s.input + s.output}, {config.dtype}, weights and KV"
         )
     if config.timings or config.scenarios:
-        source = (prices or _stopwatch(config)).source
+        source = (prices or _prices(config)).source
         shape = f"batch {config.timing_batch}, {config.timing_length} tokens"
         out |= {f"{timing}_ms": f"{source}, {shape}" for timing in config.timings}
         for s in config.scenarios:
@@ -201,7 +212,7 @@ def provenance(config: CostConfig, prices: Prices | None = None) -> dict[str, st
     return out
 
 
-def _stopwatch(config: CostConfig) -> Prices:
-    from nemojax.compress.stopwatch import stopwatch
+def _prices(config: CostConfig) -> Prices:
+    from nemojax.compress.prices import prices_of
 
-    return stopwatch(config.timing_dtype, config.repeats)
+    return prices_of(config.prices, config.timing_dtype, config.repeats)

@@ -307,7 +307,7 @@ class Walk:
             first = sum(layer < start for layer in run.layers)
             if first < len(run.layers):
                 stacked = self.params["runs"][run_name(index)]
-                h_BTD = _suffix(
+                h_BTD = suffix(
                     self.arch, run.spec, stacked, h_BTD, first, batch["positions"], batch["segments"]
                 )
         return h_BTD
@@ -359,7 +359,7 @@ def _take(stacked: dict, index: int) -> dict:
 
 
 @partial(jax.jit, static_argnames=("arch", "spec"))
-def _suffix(
+def suffix(
     arch: ArchSpec,
     spec: BlockSpec,
     stacked: dict,

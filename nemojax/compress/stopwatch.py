@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,38 +29,63 @@ def stopwatch(dtype: str = "float32", repeats: int = 7) -> Prices:
         f"median of {repeats}, halves added"
     )
     return Prices(
-        lambda arch, part, sub, step: sub_ms(arch, part, sub, step, dtype, repeats),
-        lambda arch, step: outer_ms(arch, step, dtype, repeats),
+        lambda *what: _median_ms_of(sub_call(*what, dtype), repeats),
+        lambda *what: _median_ms_of(outer_call(*what, dtype), repeats),
         source,
     )
 
 
-def sub_ms(arch: ArchSpec, part: Part, sub: Sub, step: Step, dtype: str, repeats: int) -> float:
-    """Median milliseconds of one sub-block that is not a no-op."""
-    p = init_block(arch, part_spec(part, sub), jax.random.key(0), jnp.dtype(dtype))[part]
-    positions_BT = step.cached + _positions(step.batch, step.tokens)
-    h_BTD = jax.random.normal(jax.random.key(1), (*positions_BT.shape, arch.dim), dtype)
-    if not step.cached or not isinstance(sub, Attention):
-        segments_BT = jnp.ones_like(positions_BT)
-        return _median_ms(lambda: run_part(arch, part, sub, p, h_BTD, positions_BT, segments_BT), repeats)
-    one = arch.replace(blocks=(part_spec(part, sub),))
-    cache = init_cache(one, step.batch, step.cached + step.tokens, jnp.dtype(dtype), split=True)
-    return _median_ms(lambda: _cached(arch, part, sub, p, h_BTD, cache, positions_BT), repeats)
+class Call(NamedTuple):
+    """A program, what makes its arguments, and its static ones: to be run here, or compiled for elsewhere."""
+
+    program: Any
+    make: Callable[[], dict[str, Any]]
+    static: dict[str, Any]
 
 
-def outer_ms(arch: ArchSpec, step: Step, dtype: str, repeats: int) -> float:
-    """Median milliseconds of embedding all tokens, and of final norm and head at each sequence's last."""
-    weight_VD = jax.random.normal(jax.random.key(0), (arch.vocab_size, arch.dim), dtype)
-    params: dict[str, Any] = {"embed": {"weight": weight_VD}, "norm": {"scale": jnp.ones(arch.dim, dtype)}}
-    if not arch.tie_embeddings:
-        params["head"] = {"weight": weight_VD + 0}
-    tokens_BT = _positions(step.batch, step.tokens) % arch.vocab_size
-    outer = arch.replace(blocks=())  # the same program for every child
-    return _median_ms(lambda: _outer(outer, dtype, params, tokens_BT), repeats)
+def sub_call(arch: ArchSpec, part: Part, sub: Sub, step: Step, dtype: str) -> Call:
+    """One sub-block, not a no-op, over the new tokens of a step."""
+    static = {"arch": arch, "part": part, "sub": sub}
+    cached = bool(step.cached) and isinstance(sub, Attention)
+
+    def make() -> dict[str, Any]:
+        p = init_block(arch, part_spec(part, sub), jax.random.key(0), jnp.dtype(dtype))[part]
+        positions_BT = step.cached + _positions(step.batch, step.tokens)
+        h_BTD = jax.random.normal(jax.random.key(1), (*positions_BT.shape, arch.dim), dtype)
+        out = {"p": p, "h_BTD": h_BTD, "positions_BT": positions_BT}
+        if not cached:
+            return out | {"segments_BT": jnp.ones_like(positions_BT)}
+        one = arch.replace(blocks=(part_spec(part, sub),))
+        length = step.cached + step.tokens
+        return out | {"cache": init_cache(one, step.batch, length, jnp.dtype(dtype), split=True)}
+
+    return Call(_cached if cached else run_part, make, static)
+
+
+def outer_call(arch: ArchSpec, step: Step, dtype: str) -> Call:
+    """The embedding of all tokens, and final norm and head at each sequence's last."""
+
+    def make() -> dict[str, Any]:
+        weight_VD = jax.random.normal(jax.random.key(0), (arch.vocab_size, arch.dim), dtype)
+        params: dict[str, Any] = {
+            "embed": {"weight": weight_VD},
+            "norm": {"scale": jnp.ones(arch.dim, dtype)},
+        }
+        if not arch.tie_embeddings:
+            params["head"] = {"weight": weight_VD + 0}
+        return {"params": params, "tokens_BT": _positions(step.batch, step.tokens) % arch.vocab_size}
+
+    # the same program for every child
+    return Call(_outer, make, {"arch": arch.replace(blocks=()), "dtype": dtype})
+
+
+def _median_ms_of(call: Call, repeats: int) -> float:
+    arguments = call.make()
+    return _median_ms(lambda: call.program(**arguments, **call.static), repeats)
 
 
 @partial(jax.jit, static_argnames=("arch", "dtype"))
-def _outer(arch: ArchSpec, dtype: Any, params: dict, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _outer(params: dict, tokens_BT: jax.Array, arch: ArchSpec, dtype: Any) -> tuple[jax.Array, jax.Array]:
     h_BTD = embed(params, tokens_BT, Compute(dtype=dtype))
     return h_BTD, head(params, arch, h_BTD[:, -1:])
 

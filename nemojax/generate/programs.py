@@ -25,6 +25,7 @@ from nemojax.model import cache as kv
 from nemojax.model.attention import Context, make_context
 from nemojax.model.layout import split_layers
 from nemojax.model.llama import Compute, Params, apply_blocks, embed, head
+from nemojax.sharding import platform
 
 FAR = 2**30  # a slot, row or position that no array has: writes there are dropped
 _PLACE = 2  # integers of a row before its settings: last token, its position
@@ -92,7 +93,7 @@ def prepare(params: Params, compute: Compute, mesh: jax.sharding.Mesh | None) ->
     """(weights in the dtype that they are used in, whether they are split by layer)."""
     dtype = jnp.dtype(compute.dtype)
     params = jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), params)
-    split = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
+    split = platform() == "cpu" and (mesh is None or mesh.size == 1)
     return (split_layers(params), True) if split else (params, False)
 
 
