@@ -6,6 +6,7 @@ positions of a device until the compiler has been asked.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ class Change:
 
     words: str
     work: Work
-    topology: str
+    topology: Topology
     mesh: MeshConfig
 
 
@@ -37,12 +38,11 @@ def what_fits(
     """The smallest change with which the step fits, and its plan; None if `tries` compilations find none."""
     for change in _changes(plan, mesh):
         try:
-            topology = open_topology(change.topology)
-            if estimate(change.work, topology, change.mesh, plan) > plan.room:
+            if estimate(change.work, change.topology, change.mesh, plan) > plan.room:
                 continue
             told(f"compiling with {change.words}")
-            found = make_plan(change.work, topology, change.mesh)
-        except ValueError:  # a mesh that does not divide, or a machine that does not exist
+            found = make_plan(change.work, change.topology, change.mesh)
+        except ValueError:  # a mesh that does not divide the model or the batch
             continue
         if found.fits:
             return change, found
@@ -84,9 +84,11 @@ def _shares(plan: Plan) -> Shares:
 
 def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
     """From the smallest to the largest."""
-    work, name = plan.work, plan.topology.name
+    work = plan.work
 
-    def change(words: str, mesh: MeshConfig = mesh, topology: str = name, **values: Any) -> Change:
+    def change(
+        words: str, mesh: MeshConfig = mesh, topology: Topology = plan.topology, **values: Any
+    ) -> Change:
         return Change(words, replace(work, **values), topology, mesh)
 
     if work.step in ("train", "distill", "rl"):
@@ -98,8 +100,9 @@ def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
         if "cosine" in t.terms and work.step == "distill" and len(t.terms) > 1:
             terms = tuple(term for term in t.terms if term != "cosine")
             yield change(f"terms={','.join(terms)}", training=replace(t, terms=terms))
-        for count in (2, 4, 8, 16, 32):
-            yield change(f"accumulate={count}", training=replace(t, accumulate=t.accumulate * count))
+        for count in (t.accumulate * 2**i for i in range(1, 6)):
+            if work.batch % count == 0:
+                yield change(f"accumulate={count}", training=replace(t, accumulate=count))
     for other in meshes(plan.topology):
         if other != mesh:
             yield change(f"mesh={words_of(other)}", mesh=other)
@@ -112,18 +115,18 @@ def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
             yield change(f"context={length}", context=length)
     for bigger in _bigger(plan.topology):
         wide = mesh if any(getattr(mesh, name) == -1 for name in AXES) else replace(mesh, fsdp=-1)
-        yield change(f"topology={bigger}", mesh=wide, topology=bigger)
+        yield change(f"topology={bigger.name}", mesh=wide, topology=bigger)
 
 
-def _bigger(topology: Topology) -> Iterator[str]:
+def _bigger(topology: Topology) -> Iterator[Topology]:
     """The same chips, twice as many, up to 64 times: the shortest side of a torus doubles."""
     chip, dims = topology.chip, list(topology.dims)
     for _ in range(6):
         shortest = min(range(len(dims)), key=lambda i: (dims[i], -i))
         dims[shortest] *= 2
-        yield f"{chip.name}:{'x'.join(map(str, dims))}" + (
-            f"*{topology.slices}" if topology.slices > 1 else ""
-        )
+        slices = f"*{topology.slices}" if topology.slices > 1 else ""
+        with contextlib.suppress(ValueError):  # there is no such shape
+            yield open_topology(f"{chip.name}:{'x'.join(map(str, dims))}{slices}")
 
 
 def meshes(topology: Topology) -> list[MeshConfig]:

@@ -53,7 +53,7 @@ class Part:
             "collective_seconds": self.collective_seconds,
             "seconds": self.seconds,
             "times": self.times,
-            "collectives": [vars(collective) for collective in c.collectives],
+            "collectives": [vars(one) | {"axes": list(one.axes)} for one in c.collectives],
             "kernels": dict(c.kernels or {}),
             "compiler_seconds": c.optimal_seconds,
             "compile_seconds": c.compile_seconds,
