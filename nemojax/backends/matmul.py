@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from nemojax.backends import fp8, int8
+from nemojax.backends.contract import contract, gradient_forms
 
-def matmul(subscripts: str, x: jax.Array, w: jax.Array, out_dtype: Any = None) -> jax.Array:
+Kind = Literal["default", "fp8", "int8"]
+
+
+def matmul(
+    subscripts: str,
+    x: jax.Array,
+    w: jax.Array | fp8.Quantized,
+    out_dtype: Any = None,
+    kind: Kind = "default",
+) -> jax.Array:
     """`jnp.einsum(subscripts, x, w)` of activations `x` and a weight `w`, accumulated in `out_dtype`.
 
-    The weight's gradient contracts `x` with the incoming gradient, in this order. JAX's own rule turns
-    them round, and XLA on a CPU then writes every incoming gradient a second time, transposed: a fifth of
-    a training step (tests/benchmarks/train_step.py).
+    default: in the dtype of `x`. fp8, int8: with both operands rounded to eight bits (`fp8.matmul`,
+    `int8.matmul`). A weight that is kept in FP8 goes through `fp8.matmul_quantized` whatever the kind. The
+    gradient of a weight has the weight's dtype.
     """
-    return _matmul(x, w, subscripts, jnp.dtype(out_dtype or x.dtype))
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    if isinstance(w, fp8.Quantized):
+        return fp8.matmul_quantized(subscripts, x, w, out_dtype)
+    match kind:
+        case "fp8":
+            return fp8.matmul(subscripts, x, w, out_dtype)
+        case "int8":
+            return int8.matmul(subscripts, x, w, out_dtype)
+    return _matmul(x, w.astype(x.dtype), subscripts, out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _matmul(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any) -> jax.Array:
-    return _contract(subscripts, x, w, out_dtype)
+    """The weight's gradient contracts `x` with the incoming gradient, in this order. JAX's own rule turns
+    them round, and XLA on a CPU then writes every incoming gradient a second time, transposed: a fifth of
+    a training step (tests/benchmarks/train_step.py).
+    """
+    return contract(subscripts, x, w, out_dtype)
 
 
 def _forward(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any):
@@ -30,22 +53,10 @@ def _forward(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any):
 
 def _backward(subscripts: str, out_dtype: Any, saved: tuple[jax.Array, jax.Array], g: jax.Array):
     x, w = saved
-    inputs, out = subscripts.split("->")
-    x_dims, w_dims = inputs.split(",")
-    dx = _contract(f"{out},{w_dims}->{x_dims}", g, w, out_dtype)
-    dw = _contract(f"{x_dims},{out}->{w_dims}", x, g, out_dtype)
+    x_form, w_form = gradient_forms(subscripts)
+    dx = contract(x_form, g, w, out_dtype)
+    dw = contract(w_form, x, g, out_dtype)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 _matmul.defvjp(_forward, _backward)
-
-
-def _contract(subscripts: str, a: jax.Array, b: jax.Array, out_dtype: Any) -> jax.Array:
-    """An einsum without batch dimensions whose operands stay in the order given (`jnp.einsum` may swap)."""
-    inputs, out = subscripts.split("->")
-    a_dims, b_dims = inputs.split(",")
-    summed = [d for d in a_dims if d not in out]
-    contracted = ([a_dims.index(d) for d in summed], [b_dims.index(d) for d in summed])
-    y = jax.lax.dot_general(a, b, (contracted, ([], [])), preferred_element_type=out_dtype)
-    y_dims = [d for d in a_dims + b_dims if d in out]
-    return y.transpose([y_dims.index(d) for d in out])

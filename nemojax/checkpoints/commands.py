@@ -24,11 +24,17 @@ def import_command(argv: Sequence[str]) -> int:
 
 
 def export_command(argv: Sequence[str]) -> int:
-    """nemojax export ARTIFACT HF_DIR [--format=auto|llama|decilm|anymodel] [--step=N]."""
+    """nemojax export ARTIFACT HF_DIR [--format=auto|llama|decilm|anymodel] [--dtype=fp8] [--step=N]."""
     parser = Parser(prog="nemojax export", description="Write an artifact as a Hugging Face checkpoint.")
     parser.add_argument("artifact", metavar="ARTIFACT", help="artifact or work directory of a stage")
     parser.add_argument("out", metavar="HF_DIR", help="directory to create")
     parser.add_argument("--format", choices=("auto", "llama", "decilm", "anymodel"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("stored", "bf16", "fp8"),
+        default="stored",
+        help="of the weights; fp8: block matrices in e4m3 for vLLM and transformers (compressed-tensors)",
+    )
     parser.add_argument("--step", type=int, default=None, help="checkpoint step (default: the newest)")
     parser.add_argument(
         "--max_shard_bytes", type=int, default=5_000_000_000, help="bytes in a file (default: 5e9)"
@@ -36,7 +42,7 @@ def export_command(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from nemojax.checkpoints.hf import export_hf
 
-    done = export_hf(args.artifact, args.out, args.format, args.step, args.max_shard_bytes)
+    done = export_hf(args.artifact, args.out, args.format, args.step, args.max_shard_bytes, args.dtype)
     print(f"{done.path}: {done.format}, {done.num_tensors} tensors, {done.size:,} bytes")
     for warning in done.warnings:
         print(f"warning: {warning}")

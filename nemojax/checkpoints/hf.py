@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nemojax.arch import ArchSpec, load_arch
-from nemojax.checkpoints import decilm, hf_weights, side_files
+from nemojax.checkpoints import decilm, hf_fp8, hf_weights, side_files
 from nemojax.checkpoints.artifact import Checkpoints, params_reader
 from nemojax.checkpoints.hf_config import FORMATS, Format, arch_from_config, choose_format, config_from_arch
 from nemojax.checkpoints.store import Reader, nested
@@ -43,14 +43,16 @@ class Exported:
 def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str | None = None) -> ArchSpec:
     """Makes an artifact of a Llama or DeciLM checkpoint: a directory, or a hub name (with `revision`).
 
-    dtypes are kept. ValueError names the key, tensor or file that is not as expected; nothing is left then.
+    dtypes are kept; FP8 weights become numbers of the dtype of the embedding. ValueError names the key,
+    tensor or file that is not as expected; nothing is left then.
     """
     source = _find_source(src, revision)
     target = Path(artifact).absolute()
     config_path = source / "config.json"
     config = side_files.read_json(config_path)
     arch = arch_from_config(config, str(config_path))
-    tensors = hf_weights.SafetensorsDir(source)
+    kind = hf_fp8.Dequantized if hf_fp8.is_fp8(config, str(config_path)) else hf_weights.SafetensorsDir
+    tensors = kind(source)
     weights = hf_weights.match_weights(tensors, arch)
     with _new_directory(target) as partial:
         (partial / "arch.json").write_text(arch.dumps())
@@ -71,11 +73,13 @@ def export_hf(
     format: Format | Literal["auto"] = "auto",
     step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: hf_fp8.Dtype = "stored",
 ) -> Exported:
     """Writes a directory for transformers, vLLM, TensorRT-LLM or llama.cpp (`llama`, `decilm`) or NVIDIA
     Model Optimizer (`anymodel`); `auto` is llama when all layers are equal, else decilm.
 
-    `step` defaults to the newest. ValueError names layer and value of what the format cannot say.
+    `step` defaults to the newest. `dtype` fp8 rounds block matrices to e4m3, with what else there is in bf16
+    (`hf_fp8`). ValueError names layer and value of what the format cannot say.
     """
     artifact = Path(artifact).absolute()
     if format != "auto" and format not in FORMATS:
@@ -90,7 +94,11 @@ def export_hf(
     original = side_files.read_json(original_path) if original_path.is_file() else None
     kind = _choose(arch, original) if format == "auto" else format
     ids = side_files.special_tokens(artifact / "tokenizer")
-    config = config_from_arch(arch, kind, original, _dtype_name(reader), ids)
+    config = config_from_arch(
+        arch, kind, original, _dtype_name(reader) if dtype == "stored" else "bfloat16", ids
+    )
+    if dtype == "fp8":
+        config["quantization_config"] = hf_fp8.QUANTIZATION_CONFIG
     side_files.check_vocabulary(artifact / "tokenizer", arch.vocab_size)
     weights = hf_weights.weights_of(arch)
     with _new_directory(Path(out).absolute()) as partial:
@@ -100,9 +108,9 @@ def export_hf(
         side_files.export_tokenizer(artifact / "tokenizer", partial)
         if kind == "decilm":
             _copy_model_code(partial)
-        size = _write_weights(partial, reader, weights, max_shard_bytes)
+        count, size = _write_weights(partial, reader, weights, max_shard_bytes, dtype)
     warnings = tuple(decilm.loader_warnings(arch)) if kind == "decilm" else ()
-    return Exported(Path(out).absolute(), kind, len(weights), size, warnings)
+    return Exported(Path(out).absolute(), kind, count, size, warnings)
 
 
 def _choose(arch: ArchSpec, original: dict[str, Any] | None) -> Format:
@@ -114,7 +122,10 @@ def _choose(arch: ArchSpec, original: dict[str, Any] | None) -> Format:
     return choose_format(arch)
 
 
-def _write_weights(out: Path, reader: Reader, weights: list[hf_weights.Weight], max_shard_bytes: int) -> int:
+def _write_weights(
+    out: Path, reader: Reader, weights: list[hf_weights.Weight], max_shard_bytes: int, dtype: hf_fp8.Dtype
+) -> tuple[int, int]:
+    """(tensors, bytes) written."""
     by_name = {w.name: w for w in weights}
     if missing := [w.path for w in weights if w.path not in reader.leaves]:
         raise ValueError(f"{reader.path}: expected {missing[0]}, got none; arch and checkpoint disagree")
@@ -125,13 +136,20 @@ def _write_weights(out: Path, reader: Reader, weights: list[hf_weights.Weight], 
             raise ValueError(
                 f"{reader.path}: {w.path}: expected {w.shape}, got {tuple(leaf.shape)}; arch.json disagrees"
             )
-        sizes[w.name] = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+        sizes[w.name] = hf_fp8.written_size(w, leaf.dtype, dtype)
+    count = 0
 
     def read(names: list[str]) -> dict[str, np.ndarray]:
+        nonlocal count
         arrays = reader.read(by_name[n].path for n in names)
-        return {n: by_name[n].to_hf(arrays.pop(by_name[n].path)) for n in names}
+        tensors: dict[str, np.ndarray] = {}
+        for weight in (by_name[n] for n in names):
+            tensors |= hf_fp8.as_written(weight, weight.to_hf(arrays.pop(weight.path)), dtype)
+        count += len(tensors)
+        return tensors
 
-    return hf_weights.write_shards(out, hf_weights.plan_shards(sizes, max_shard_bytes), read)
+    size = hf_weights.write_shards(out, hf_weights.plan_shards(sizes, max_shard_bytes), read)
+    return count, size
 
 
 def _copy_model_code(out: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Llama3Scaling, Rope, SwiGLU, describe
-from nemojax.checkpoints import anymodel, decilm
+from nemojax.checkpoints import anymodel, decilm, hf_fp8
 
 Format = Literal["llama", "decilm", "anymodel"]
 FORMATS: tuple[Format, ...] = ("llama", "decilm", "anymodel")
@@ -57,6 +57,7 @@ _ARCH_KEYS = {
     "rope_scaling",
     "rope_parameters",
     "tie_word_embeddings",
+    "quantization_config",  # an import makes ordinary numbers of quantised weights
 }
 
 
@@ -126,7 +127,7 @@ def config_from_arch(
     ids such as {"eos_token_id": 2}. ValueError names the layer that the format cannot say.
     """
     if original and _still_describes(original, arch, kind):
-        same = dict(original)
+        same = {k: v for k, v in original.items() if k != "quantization_config"}
         for key in ("torch_dtype", "dtype"):
             if key in same:
                 same[key] = dtype
@@ -231,8 +232,7 @@ def _refuse_variations(config: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}: expected false, got true; biases are not supported")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"{where}: hidden_act: expected silu, got {config['hidden_act']!r}")
-    if config.get("quantization_config"):
-        raise ValueError(f"{where}: quantization_config: expected none; import the unquantised checkpoint")
+    hf_fp8.is_fp8(config, where)
     if config.get("per_layer_config"):
         raise ValueError(f"{where}: per_layer_config: expected none; use block_configs (DeciLM)")
 

@@ -179,7 +179,7 @@ def lazy_params(source: SafetensorsDir, weights: list[Weight]) -> dict[str, Lazy
     """{canonical path: array that reads its tensor when asked}."""
 
     def lazy(weight: Weight) -> LazyArray:
-        dtype = _numpy_dtype(source.headers[weight.name][1])
+        dtype = numpy_dtype(source.headers[weight.name][1])
         return LazyArray(weight.shape, dtype, lambda: weight.from_hf(source.read(weight.name)))
 
     return {weight.path: lazy(weight) for weight in weights}
@@ -203,7 +203,7 @@ def write_shards(
 ) -> int:
     """Writes model-0000x-of-0000y.safetensors and the index, a shard at a time; returns bytes of weights.
 
-    `read` gives the tensors of a shard by name. OSError when one cannot be written.
+    `read` gives the tensors of a shard by name, and may add others. OSError when one cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -217,7 +217,7 @@ def write_shards(
             save_file(tensors, str(out / file), metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{file}: {error}") from error
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -261,7 +261,8 @@ def _check_tied_copy(source: SafetensorsDir) -> None:
         )
 
 
-def _numpy_dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
+    """Of a dtype as safetensors calls it."""
     import jax.numpy as jnp
 
     kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "BF16": jnp.bfloat16}

@@ -20,12 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.backends.fp8 import Quantized
 from nemojax.generate.sampling import Controls, Drawn, Report, SamplingConfig, sample
 from nemojax.model import cache as kv
 from nemojax.model.attention import Context, make_context
 from nemojax.model.layout import split_layers
-from nemojax.model.llama import Compute, Params, apply_blocks, embed, head
-from nemojax.sharding import platform
+from nemojax.model.llama import (
+    Compute,
+    Params,
+    apply_blocks,
+    embed,
+    head,
+    quantize,
+    quantized_shardings,
+)
+from nemojax.sharding import mesh_of, platform
 
 FAR = 2**30  # a slot, row or position that no array has: writes there are dropped
 _PLACE = 2  # integers of a row before its settings: last token, its position
@@ -90,11 +99,31 @@ class Emitted(NamedTuple):
 
 
 def prepare(params: Params, compute: Compute, mesh: jax.sharding.Mesh | None) -> tuple[Params, bool]:
-    """(weights in the dtype that they are used in, whether they are split by layer)."""
+    """(weights as they are used, whether they are split by layer): in the dtype of `compute`, and block
+    matrices in e4m3 where it says fp8. What was prepared before stays as it is."""
     dtype = jnp.dtype(compute.dtype)
-    params = jax.tree.map(lambda w: w if w.dtype == dtype else w.astype(dtype), params)
+    if compute.matmul == "fp8":
+        params = _quantized(params)
+    params = jax.tree.map(
+        lambda w: w if _is_quantized(w) or w.dtype == dtype else w.astype(dtype),
+        params,
+        is_leaf=_is_quantized,
+    )
     split = platform() == "cpu" and (mesh is None or mesh.size == 1)
     return (split_layers(params), True) if split else (params, False)
+
+
+def _quantized(params: Params) -> Params:
+    if any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
+        return params
+    runs, places = {"runs": params["runs"]}, None
+    if mesh_of(params) is not None:
+        places = quantized_shardings(jax.tree.map(lambda w: w.sharding, runs))
+    return {**params, **jax.jit(quantize, out_shardings=places)(runs)}
+
+
+def _is_quantized(weight: Any) -> bool:
+    return isinstance(weight, Quantized)
 
 
 def pack(

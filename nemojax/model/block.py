@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU, block_shapes
-from nemojax.backends.matmul import matmul
+from nemojax.backends.matmul import Kind, matmul
 from nemojax.model.attention import Context, attend_cached, attend_packed
 from nemojax.model.rope import rotate
 from nemojax.sharding import constrain
@@ -59,27 +59,36 @@ def initial(name: str, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> ja
 class SubBlock(nnx.Module):
     """Declares its weights from the architecture: name, shape, logical axes, initialiser."""
 
+    norm: Any
+
     def __init__(self, arch: ArchSpec, spec: BlockSpec, kind: str, rngs: nnx.Rngs, dtype: Any):
         for name, shape in block_shapes(arch, spec)[kind].items():
             weight = nnx.Param(initial(name, rngs.params(), shape, dtype), axes=AXES[name][0])
             setattr(self, name, weight)
 
-    def weight(self, name: str, dtype: Any) -> jax.Array:
-        return getattr(self, name)[...].astype(dtype)
-
     def normed(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
-        return rms_norm(x_BTD, self.weight("norm", x_BTD.dtype), arch.norm_eps)
+        return rms_norm(x_BTD, self.norm.get_value(), arch.norm_eps)
+
+    def times(self, subscripts: str, x: jax.Array, name: str, kind: Kind) -> jax.Array:
+        """The product of activations with the weight called `name`."""
+        return matmul(subscripts, x, getattr(self, name).get_value(), kind=kind)
 
 
 class AttentionBlock(SubBlock):
     def mix(
-        self, arch: ArchSpec, spec: Attention, x_BTD: jax.Array, ctx: Context, update: CacheUpdate | None
+        self,
+        arch: ArchSpec,
+        spec: Attention,
+        x_BTD: jax.Array,
+        ctx: Context,
+        update: CacheUpdate | None,
+        kind: Kind,
     ) -> jax.Array:
         """Per-head outputs before the output projection, [B, T, N, H]."""
         x = self.normed(arch, x_BTD)
-        q_BTNH = matmul("BTD,DNH->BTNH", x, self.weight("q", x.dtype))
-        k_BTKH = matmul("BTD,DKH->BTKH", x, self.weight("k", x.dtype))
-        v_BTKH = matmul("BTD,DKH->BTKH", x, self.weight("v", x.dtype))
+        q_BTNH = self.times("BTD,DNH->BTNH", x, "q", kind)
+        k_BTKH = self.times("BTD,DKH->BTKH", x, "k", kind)
+        v_BTKH = self.times("BTD,DKH->BTKH", x, "v", kind)
         q_BTNH = constrain(q_BTNH, "batch", "length", "heads", None)
         q_BTNH = rotate(q_BTNH, ctx.cos_BTP, ctx.sin_BTP)
         k_BTKH = rotate(k_BTKH, ctx.cos_BTP, ctx.sin_BTP)
@@ -88,26 +97,25 @@ class AttentionBlock(SubBlock):
         k_BKSH, v_BKSH = update(k_BTKH, v_BTKH)
         return attend_cached(q_BTNH, k_BKSH, v_BKSH, ctx, spec)
 
-    def project(self, heads_BTNH: jax.Array) -> jax.Array:
-        return matmul("BTNH,NHD->BTD", heads_BTNH, self.weight("o", heads_BTNH.dtype))
+    def project(self, heads_BTNH: jax.Array, kind: Kind) -> jax.Array:
+        return self.times("BTNH,NHD->BTD", heads_BTNH, "o", kind)
 
 
 class SwiGLUBlock(SubBlock):
-    def mix(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
+    def mix(self, arch: ArchSpec, x_BTD: jax.Array, kind: Kind) -> jax.Array:
         """Channel activations before the down projection, [B, T, F]."""
         x = self.normed(arch, x_BTD)
-        gate_BTF = matmul("BTD,DF->BTF", x, self.weight("gate", x.dtype))
-        up_BTF = matmul("BTD,DF->BTF", x, self.weight("up", x.dtype))
+        gate_BTF = self.times("BTD,DF->BTF", x, "gate", kind)
+        up_BTF = self.times("BTD,DF->BTF", x, "up", kind)
         return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
 
-    def project(self, act_BTF: jax.Array) -> jax.Array:
-        return matmul("BTF,FD->BTD", act_BTF, self.weight("down", act_BTF.dtype))
+    def project(self, act_BTF: jax.Array, kind: Kind) -> jax.Array:
+        return self.times("BTF,FD->BTD", act_BTF, "down", kind)
 
 
 class LinearBlock(SubBlock):
-    def __call__(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
-        x = self.normed(arch, x_BTD)
-        return matmul("BTD,DE->BTE", x, self.weight("linear", x.dtype))
+    def __call__(self, arch: ArchSpec, x_BTD: jax.Array, kind: Kind) -> jax.Array:
+        return self.times("BTD,DE->BTE", self.normed(arch, x_BTD), "linear", kind)
 
 
 class Block(nnx.Module):
@@ -136,15 +144,16 @@ class Block(nnx.Module):
         ctx: Context,
         update: CacheUpdate | None = None,
         capture: Capture | None = None,
+        kind: Kind = "default",
     ) -> jax.Array:
         match spec.attn:
             case Attention():
-                heads_BTNH = self.attn.mix(arch, spec.attn, h_BTD, ctx, update)
+                heads_BTNH = self.attn.mix(arch, spec.attn, h_BTD, ctx, update, kind)
                 if capture is not None:
                     capture["heads_BTNH"] = heads_BTNH
-                out_BTD = self.attn.project(heads_BTNH)
+                out_BTD = self.attn.project(heads_BTNH, kind)
             case Linear():
-                out_BTD = self.attn(arch, h_BTD)
+                out_BTD = self.attn(arch, h_BTD, kind)
             case NoOp():
                 out_BTD = None
         if out_BTD is not None:
@@ -156,12 +165,12 @@ class Block(nnx.Module):
             capture["between_BTD"] = h_BTD
         match spec.ffn:
             case SwiGLU():
-                act_BTF = self.ffn.mix(arch, h_BTD)
+                act_BTF = self.ffn.mix(arch, h_BTD, kind)
                 if capture is not None:
                     capture["act_BTF"] = act_BTF
-                h_BTD = h_BTD + self.ffn.project(act_BTF)
+                h_BTD = h_BTD + self.ffn.project(act_BTF, kind)
             case Linear():
-                h_BTD = h_BTD + self.ffn(arch, h_BTD)
+                h_BTD = h_BTD + self.ffn(arch, h_BTD, kind)
             case NoOp():
                 pass
         return constrain(h_BTD, "batch", "length", None)
@@ -195,8 +204,9 @@ def apply_block(
     ctx: Context,
     update: CacheUpdate | None = None,
     capture: Capture | None = None,
+    kind: Kind = "default",
 ) -> jax.Array:
-    """The block of kind `spec` on the residual stream; returns [B, T, D].
+    """The block of kind `spec` on the residual stream; returns [B, T, D]. `kind` of its matmuls.
 
     `capture`, a dict, receives `heads_BTNH` (before the output projection), `attn_BTD` (what the attention
     sub-block adds), `between_BTD` (after it) and `act_BTF` (before the down projection), where they exist.
@@ -204,4 +214,4 @@ def apply_block(
     graph, state = abstract_block(arch, spec)
     state = jax.tree.map(lambda v: v, state)
     nnx.replace_by_pure_dict(state, weights)
-    return nnx.merge(graph, state)(arch, spec, h_BTD, ctx, update, capture)
+    return nnx.merge(graph, state)(arch, spec, h_BTD, ctx, update, capture, kind)

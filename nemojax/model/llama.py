@@ -10,18 +10,19 @@ Shape letters: B batch, T length, D model, V vocabulary, n layers of a run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Run
-from nemojax.backends.matmul import matmul
+from nemojax.backends import fp8
+from nemojax.backends.matmul import Kind, matmul
 from nemojax.config import field
 from nemojax.model.attention import Context, make_context
-from nemojax.model.block import apply_block, block_axes, init_block, rms_norm
+from nemojax.model.block import AXES, apply_block, block_axes, init_block, rms_norm
 from nemojax.model.blockwise import SAVED
 from nemojax.model.cache import Cache, Layer, Window, read, write
 from nemojax.model.layout import run_name
@@ -47,6 +48,9 @@ class Compute:
     )
     unroll: int = field(
         1, "blocks of a run in one step of the scan (more: larger program, often faster on CPU)"
+    )
+    matmul: Kind = field(
+        "default", "matmuls of block weights: in dtype, in fp8 (H100 on), or forwards in int8 (TPU v5e, v6e)"
     )
 
 
@@ -94,6 +98,38 @@ def logical_axes(arch: ArchSpec) -> Params:
 def param_shardings(arch: ArchSpec, mesh: jax.sharding.Mesh, dtype: Any = jnp.float32) -> Params:
     """A NamedSharding for every parameter. ValueError naming the weight that the mesh does not divide."""
     return shardings_of(logical_axes(arch), abstract_params(arch, dtype), mesh)
+
+
+def quantize(params: Params) -> Params:
+    """Block matrices as `fp8.Quantized`, a byte a weight and a scale a layer; what else there is as it is.
+
+    It traces, also over abstract parameters, takes both layouts, and leaves alone what it has made.
+    """
+
+    def layer(weights: Params) -> Params:
+        return _map_matrices(lambda w: w if isinstance(w, fp8.Quantized) else fp8.quantize(w), weights)
+
+    def run(weights: Any) -> Any:
+        return tuple(map(layer, weights)) if isinstance(weights, tuple) else jax.vmap(layer)(weights)
+
+    return {**params, "runs": {name: run(weights) for name, weights in params["runs"].items()}}
+
+
+def quantized_shardings(shardings: Params) -> Params:
+    """Of `quantize(params)`, from those of the parameters: the bytes as the weights, scales everywhere."""
+
+    def one(sharding: jax.sharding.NamedSharding) -> fp8.Quantized:
+        everywhere: Any = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return fp8.Quantized(cast(Any, sharding), everywhere)
+
+    return {**shardings, "runs": {name: _map_matrices(one, run) for name, run in shardings["runs"].items()}}
+
+
+def _map_matrices(one: Callable[[Any], Any], weights: Params) -> Params:
+    return {
+        sub: {name: one(w) if AXES[name][1] else w for name, w in part.items()}
+        for sub, part in weights.items()
+    }
 
 
 def head_weight(params: Mapping[str, Any]) -> jax.Array:
@@ -152,7 +188,7 @@ def apply_blocks(
             weights = _layers_of(weights, first, last)
         part = Run(run.spec, run.layers[first:last])
         if window is not None and cache is not None and name in cache:
-            h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, window, name, first)
+            h_BTD, cache[name] = _run_cached(arch, part, weights, h_BTD, ctx, window, name, first, compute)
         else:
             places: dict[Tap, tuple[str, int]] = {}
             for j, layer in enumerate(part.layers):
@@ -220,7 +256,7 @@ def _run(
 
     def body(h: jax.Array, w: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         seen: dict[str, jax.Array] | None = {} if set(wanted) - {"after"} else None
-        h = apply_block(arch, run.spec, w, h, ctx, capture=seen)
+        h = apply_block(arch, run.spec, w, h, ctx, capture=seen, kind=compute.matmul)
         return h, {name: h if seen is None or name == "after" else seen[name] for name in wanted}
 
     if isinstance(weights, tuple):
@@ -246,6 +282,7 @@ def _run_cached(
     window: Window,
     name: str,
     first: int,
+    compute: Compute,
 ) -> tuple[jax.Array, Any]:
     """A run over its part of the cache: (h after it, that part with the new keys and values)."""
     num_rows = h_BTD.shape[0]
@@ -258,7 +295,7 @@ def _run_cached(
             written.append(write(layer, {"k": k_BTKH, "v": v_BTKH}, rows_B, ctx.positions_BT, index))
             return read(written[0], window, num_rows, h.dtype, index)
 
-        h = apply_block(arch, run.spec, w, h, ctx, update=update)
+        h = apply_block(arch, run.spec, w, h, ctx, update=update, kind=compute.matmul)
         return h, written[0]
 
     part = window.cache[name]

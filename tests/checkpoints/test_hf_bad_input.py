@@ -130,6 +130,10 @@ def test_relatives_by_name(tmp_path, llama_dir, name):
         ({"hidden_act": "gelu"}, "hidden_act: expected silu, got 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected none"),
         (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+            "compressed-tensors of 8-bit floats with a scale per tensor or channel, got 'fp8'",
+        ),
+        (
             {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": None},
             "rope_type: expected default or llama3",
         ),

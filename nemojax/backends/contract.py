@@ -1,0 +1,49 @@
+"""Einsums of activations with a weight, as the matmuls of every number format write them.
+
+Without batch dimensions: a dimension of the result is one of `x` or one of `w`, any other is summed over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def contract(subscripts: str, a: jax.Array, b: jax.Array, out_dtype: Any, precision: Any = None) -> jax.Array:
+    """An einsum whose operands stay in the order given (`jnp.einsum` may swap), summed up in `out_dtype`."""
+    inputs, out = subscripts.split("->")
+    a_dims, b_dims = inputs.split(",")
+    summed = [d for d in a_dims if d not in out]
+    contracted = ([a_dims.index(d) for d in summed], [b_dims.index(d) for d in summed])
+    y = jax.lax.dot_general(
+        a, b, (contracted, ([], [])), precision=precision, preferred_element_type=out_dtype
+    )
+    y_dims = [d for d in a_dims + b_dims if d in out]
+    return y.transpose([y_dims.index(d) for d in out])
+
+
+def gradient_forms(subscripts: str) -> tuple[str, str]:
+    """The products of the backward pass: gradient with weight for `x`, `x` with gradient for the weight."""
+    inputs, out = subscripts.split("->")
+    x_dims, w_dims = inputs.split(",")
+    return f"{out},{w_dims}->{x_dims}", f"{x_dims},{out}->{w_dims}"
+
+
+def absmax_along(subscripts: str, a: jax.Array, operand: int) -> jax.Array:
+    """Largest magnitude in f32 of each slice of `a` (operand 0 or 1) that is summed over, dimensions kept."""
+    inputs, out = subscripts.split("->")
+    dims = inputs.split(",")[operand]
+    axes = [i for i, d in enumerate(dims) if d not in out]
+    return jnp.max(jnp.abs(a), axis=axes, keepdims=True).astype(jnp.float32)
+
+
+def scale_result(subscripts: str, y: jax.Array, scale: jax.Array, operand: int) -> jax.Array:
+    """`y` times what `absmax_along` has the shape of: the operand's dimensions, those summed over being 1."""
+    inputs, out = subscripts.split("->")
+    dims = inputs.split(",")[operand]
+    kept = [d for d in dims if d in out]
+    scale = scale.reshape([scale.shape[dims.index(d)] for d in kept])
+    scale = scale.transpose([kept.index(d) for d in out if d in kept])
+    return y * jnp.expand_dims(scale, [i for i, d in enumerate(out) if d not in kept]).astype(y.dtype)

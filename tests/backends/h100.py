@@ -1,0 +1,116 @@
+"""Compiles steps in FP8 for H100s that are not there, and prints what their programs call, as JSON.
+
+    NEMOJAX_CUDA_PLUGINS=DIR python -m tests.backends.h100
+
+A process of its own, because plugin and compiler flags are read when jax starts.
+"""
+
+import json
+import re
+
+from tests.benchmarks.vocab_loss import TARGET, prepare
+
+F8 = "__cublas$lt$matmul$f8"
+
+
+def calls(text: str) -> list[list[str]]:
+    """(target, result and operand types...) of every library call of a program."""
+    types = dict(re.findall(r"%([\w.-]+) = \(?([a-z0-9]+)\[", text))
+    found = []
+    for line in text.splitlines():
+        if target := re.search(r'custom_call_target="([^"]+)"', line):
+            result = re.search(r"%([\w.-]+) = ", line)
+            operands = re.search(r"custom-call\(([^)]*)\)", line)
+            assert result and operands
+            names = [result[1], *re.findall(r"%([\w.-]+)", operands[1])]
+            found.append([target[1], *(types.get(name, "?") for name in names)])
+    return found
+
+
+def gathered(text: str) -> list[str]:
+    """The type of the matrices that every all-gather brings together."""
+    return re.findall(r"%all-gather[\w.-]* = \(?([a-z0-9]+)\[\d+,", text)
+
+
+def main() -> None:
+    prepare()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, SwiGLU
+    from nemojax.generate import programs
+    from nemojax.generate.sampling import SamplingConfig
+    from nemojax.model import llama
+    from nemojax.model.cache import init_cache
+    from nemojax.optim import OptimConfig, make_optimizer
+    from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh
+    from nemojax.train import TrainState, lm_loss, make_step
+    from tests.backends.test_tpu_compile import abstract, abstract_batch, over
+
+    chips = topologies.get_topology_desc("h100", platform="cuda", target_config=TARGET, topology="1x1x4")
+    one = jax.sharding.SingleDeviceSharding(chips.devices[0])
+    blocks = (
+        *(BlockSpec(Attention(4), SwiGLU(512)),) * 2,
+        BlockSpec(Linear(), SwiGLU(256)),
+        BlockSpec(Attention(2), Linear()),
+    )
+    arch = ArchSpec(vocab_size=512, dim=256, num_heads=4, head_dim=64, context=256, blocks=blocks)
+
+    def on_one(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
+
+    def train_program(arch, compute, place, batch):
+        tx = make_optimizer(OptimConfig(), 100)
+
+        def init():
+            params = llama.init_params(arch, jax.random.key(0))
+            return TrainState(jnp.int32(0), params, tx.init(params), None, jax.random.key(0), jnp.int32(0))
+
+        state = place(jax.eval_shape(init))
+        step = make_step(lm_loss(arch, compute), tx)
+        return jax.jit(step, donate_argnums=0).lower(state, None, batch).compile().as_text()
+
+    programs_of = {}
+    ids = {
+        n: jax.ShapeDtypeStruct((4, 128), jnp.int32) for n in ("tokens", "targets", "segments", "positions")
+    }
+    batch = on_one(ids | {"weights": jax.ShapeDtypeStruct((4, 128), jnp.float32)})
+    for kind in ("default", "fp8"):
+        for remat in ("none", "full"):
+            compute = llama.Compute("bfloat16", remat=remat, matmul=kind)
+            programs_of[f"train {kind} {remat}"] = train_program(arch, compute, on_one, batch)
+
+    compute = llama.Compute("bfloat16", matmul="fp8")
+    kept = on_one(jax.eval_shape(llama.quantize, llama.abstract_params(arch, jnp.bfloat16)))
+    cache = on_one(jax.eval_shape(lambda: init_cache(arch, 16, 256, jnp.dtype("bfloat16"))))
+    rows = programs.pack([(5, 16, 8, SamplingConfig(), (0, i), ()) for i in range(16)], 2)
+    how = programs.How(arch, compute, steps=8)
+    decode = programs.decode.lower(
+        kept, programs.State(cache, None), rows, np.int32(8), np.int32(0), how=how, keys=256
+    ).compile()
+    programs_of["decode"] = decode.as_text()
+
+    # without attention, whose kernel is another matter; parameters over two devices, heads over two
+    plain = arch.replace(blocks=(BlockSpec(Linear(), SwiGLU(512)),) * 2)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), chips.devices)
+    places = llama.param_shardings(plain, mesh)
+    weights = abstract(llama.abstract_params(plain), places)
+    words = abstract_batch(mesh, 4, 128, BATCH_AXES, None)
+    loss = lm_loss(plain, llama.Compute("bfloat16", matmul="fp8"))
+    with jax.set_mesh(mesh):
+        grad = jax.jit(jax.grad(lambda p, b: loss(p, None, b, jax.random.key(0))[0]), out_shardings=places)
+        programs_of["sharded"] = grad.lower(weights, words).compile().as_text()
+
+    report = {name: {"calls": calls(text), "gathered": gathered(text)} for name, text in programs_of.items()}
+    memory = decode.memory_analysis()
+    report["decode"]["weights"] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+    report["decode"]["arguments"] = memory.argument_size_in_bytes
+    report["decode"]["temporaries"] = memory.temp_size_in_bytes
+    del over
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
