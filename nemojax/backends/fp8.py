@@ -1,14 +1,12 @@
 """Matmuls of FP8: e4m3 for activations and weights, e5m2 for gradients (Micikevicius et al., 2022,
 arXiv:2209.05433).
 
-**Scales are powers of two.** Dividing by one loses nothing, and an FP8 number times one is exact in bf16 as
-in f32. So every operand is written as "rounded to FP8, widened, times its scale" and the product in the
-ordinary dtype: for an H100 the compiler rewrites that as one FP8 call of cuBLASLt with the scales inside
-(and gathers sharded operands as FP8), where there is no FP8 unit the same numbers are multiplied in bf16 or
-f32, and results agree up to the order of sums. A scale that is no power of two would waste less of the
-range, by a factor of two at most, which a floating-point format does not notice: only what is below
-1/28,672 of the largest magnitude is rounded more coarsely (DeepSeek-V3 restricts its activations' scales
-likewise, arXiv:2412.19437, section 3.3.2).
+**Scales are powers of two.** Dividing and multiplying by one loses nothing, and an FP8 number is exact in
+bf16 as in f32. So for an H100 a product is one FP8 call of cuBLASLt (to which sharded operands are gathered
+as FP8), where there is no FP8 unit the same numbers are multiplied in bf16 or f32, and results agree up to
+the order of sums. A scale that is no power of two would use the range better, by a factor of two at most,
+which a floating-point format does not notice: only what is below 1/28,672 of the largest magnitude is rounded
+more coarsely (DeepSeek-V3 restricts scales of activations likewise, arXiv:2412.19437, section 3.3.2).
 
 **Training scales per tensor, by the tensor's own largest magnitude ("current").** The alternative, "delayed"
 scales from a history of earlier steps, is a state beside the weights, which every stage would have to
@@ -30,10 +28,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nemojax.backends.contract import absmax_along, contract, gradient_forms, scale_result
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+SAVED = "fp8_product"  # what rematerialisation calls a product, which it cannot see to be a dot
 MAX_EXPONENT = 125  # of a scale, either way: it and its inverse are ordinary numbers of f32 and bf16
 
 
@@ -81,16 +81,16 @@ def _matmul(x: jax.Array, w: jax.Array, subscripts: str, dtypes: _Dtypes) -> jax
 
 def _forward(x: jax.Array, w: jax.Array, subscripts: str, dtypes: _Dtypes):
     x8, w8 = quantize(x), quantize(w)
-    return contract(subscripts, x8.widen(dtypes.x), w8.widen(dtypes.x), dtypes.out), (x8, w8)
+    return _product(subscripts, x8, w8, dtypes.x, dtypes.out), (x8, w8)
 
 
 def _backward(subscripts: str, dtypes: _Dtypes, saved: tuple[Quantized, Quantized], g: jax.Array):
-    # "highest" has cuBLASLt add up in f32; by default it keeps some 14 bits of a sum, too few for gradients
-    x8, w8 = (operand.widen(dtypes.x) for operand in saved)
-    g8 = quantize(g, E5M2).widen(dtypes.x)
+    (x8, w8), g8 = saved, quantize(g, E5M2)
     x_form, w_form = gradient_forms(subscripts)
+    # "highest" has cuBLASLt add up in f32; by default it keeps some 14 bits of a sum, too few for gradients
     exactly = jax.lax.Precision.HIGHEST
-    return contract(x_form, g8, w8, dtypes.x, exactly), contract(w_form, x8, g8, dtypes.w, exactly)
+    dx = _product(x_form, g8, w8, dtypes.x, dtypes.x, exactly)
+    return dx, _product(w_form, x8, g8, dtypes.x, dtypes.w, exactly)
 
 
 _matmul.defvjp(_forward, _backward)
@@ -99,11 +99,30 @@ _matmul.defvjp(_forward, _backward)
 def matmul_quantized(subscripts: str, x: jax.Array, w: Quantized, out_dtype: Any) -> jax.Array:
     """`jnp.einsum(subscripts, x, w)` of a weight kept in e4m3 and activations rounded to e4m3 per token.
 
-    Forwards only. The scales of tokens multiply the result: inside the product there may be one alone.
+    Forwards only.
     """
     scale = _scale(absmax_along(subscripts, x, 0), E4M3)
-    values = _divide(x, scale).astype(E4M3).astype(x.dtype)
-    return scale_result(subscripts, contract(subscripts, values, w.widen(x.dtype), out_dtype), scale, 0)
+    rounded = Quantized(_divide(x, scale).astype(E4M3), jnp.float32(1))
+    return scale_result(subscripts, _product(subscripts, rounded, w, x.dtype, out_dtype), scale, 0)
+
+
+def _product(
+    subscripts: str, a: Quantized, b: Quantized, dtype: Any, out_dtype: Any, precision: Any = None
+) -> jax.Array:
+    """An einsum of two arrays with a scale each, summed up in `out_dtype`; without FP8 units, in `dtype`.
+
+    XLA would rewrite operands that are widened before the product to an FP8 call too, but not one that
+    several products share, as q, k and v do. So the product itself is written in FP8 for CUDA.
+    """
+
+    def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
+        return contract(subscripts, a, b, out_dtype, precision)
+
+    def wide(a: jax.Array, b: jax.Array) -> jax.Array:
+        return contract(subscripts, a.astype(dtype), b.astype(dtype), out_dtype)
+
+    y = jax.lax.platform_dependent(a.values, b.values, cuda=narrow, default=wide)
+    return checkpoint_name(y * a.scale.astype(y.dtype) * b.scale.astype(y.dtype), SAVED)
 
 
 def _scale(absmax: jax.Array, dtype: Any) -> jax.Array:

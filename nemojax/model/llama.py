@@ -30,7 +30,7 @@ from nemojax.sharding import constrain, shardings_of
 
 # matmuls are not computed twice; nor is attention over a long row, which is a loop of them
 KEEP_DOTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED, fp8.SAVED)
 )
 
 Params = dict[str, Any]

@@ -9,10 +9,15 @@ import pytest
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, SwiGLU
 from nemojax.backends import fp8
 from nemojax.backends.matmul import matmul
+from nemojax.data.sources import Source, load_texts
 from nemojax.generate import programs
+from nemojax.generate.completions import generate
+from nemojax.generate.sampling import SamplingConfig
 from nemojax.model import llama
 from nemojax.model.layout import split_layers
+from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import MeshConfig, make_mesh, use_mesh
+from nemojax.train import TrainState, lm_loss, make_step
 
 SIZES = dict(B=2, T=3, D=8, N=2, K=2, H=4, F=6, E=8)
 FORMS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD", "BTD,DE->BTE"]
@@ -147,3 +152,61 @@ def test_prepared_weights_take_a_byte_each_and_stay_on_their_mesh(params):
     assert q.values.dtype == jnp.float8_e4m3fn and q.scale.shape == (2,) and q.scale.dtype == jnp.float32
     assert q.values.addressable_shards[0].data.nbytes * 4 == before.addressable_shards[0].data.nbytes
     assert kept["embed"]["weight"].dtype == kept["runs"]["000"]["attn"]["norm"].dtype == jnp.bfloat16
+
+
+def test_generation_with_kept_weights(params):
+    """The engine's log-probabilities are those of the model without a cache; neighbours change no token."""
+    compute = llama.Compute(matmul="fp8")
+    prompts = [[5, 9, 2, 7], [11, 3], [8, 8, 1, 30, 31, 2, 6]]
+    sampling = SamplingConfig(max_new_tokens=16)
+    together = generate(params, ARCH, prompts, jax.random.key(1), sampling, compute=compute)
+    tokens = np.zeros((3, 32), np.int32)
+    for row, prompt, done in zip(tokens, prompts, together, strict=True):
+        row[: len(prompt) + 16] = prompt + done.tokens
+    kept = llama.quantize(params)
+    logps = np.asarray(
+        jax.nn.log_softmax(jax.jit(lambda p: llama.apply(p, ARCH, {"tokens": tokens})[0])(kept))
+    )
+    off = []
+    for row, logp, prompt, done in zip(tokens, logps, prompts, together, strict=True):
+        at = np.arange(len(prompt), len(prompt) + 16)
+        off.append(np.abs(logp[at - 1, row[at]] - done.logprobs))
+    # an activation that lies between two e4m3 numbers may go either way, by the order of a sum
+    assert np.median(off) < 1e-5 and np.max(off) < 0.1
+    company = [[2, 2, 2], *prompts[1:]]
+    other = generate(params, ARCH, company, jax.random.key(1), sampling, compute=compute)
+    assert [c.tokens for c in other[1:]] == [c.tokens for c in together[1:]]
+
+
+def losses(kind: str, steps: int) -> np.ndarray:
+    """Of a small byte-level model trained on the language reference that ships with Python, in bf16."""
+    arch = ArchSpec(
+        vocab_size=256,
+        dim=64,
+        num_heads=4,
+        head_dim=16,
+        context=64,
+        blocks=(BlockSpec(Attention(2), SwiGLU(192)),) * 2,
+    )
+    text = np.frombuffer("\n".join(load_texts(Source())).encode(), np.uint8).astype(np.int32)
+    tx = make_optimizer(OptimConfig(lr=3e-3), steps)
+    params = jax.jit(llama.init_params, static_argnums=0)(arch, jax.random.key(0))
+    state = TrainState(jnp.int32(0), params, tx.init(params), None, jax.random.key(0), jnp.int32(0))
+    loss = lm_loss(arch, llama.Compute("bfloat16", matmul=kind))  # pyright: ignore[reportArgumentType]
+    step = jax.jit(make_step(loss, tx), donate_argnums=0)
+    rng, weights, found = np.random.default_rng(0), np.ones((16, 64), np.float32), []
+    for _ in range(steps):
+        rows = text[rng.integers(0, len(text) - 64, (16, 1)) + np.arange(65)]
+        state, metrics = step(
+            state, None, {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": weights}
+        )
+        found.append(metrics["loss"])
+    return np.asarray(jnp.stack(found))
+
+
+@pytest.mark.slow
+def test_training_in_fp8_tracks_bf16():
+    """500 steps: the mean loss of every 50 is bf16's to within 1%."""
+    plain, fp8_ = (losses(kind, 500).reshape(10, 50).mean(1) for kind in ("default", "fp8"))
+    assert plain[-1] < 0.6 * plain[0]
+    np.testing.assert_allclose(fp8_, plain, rtol=0.01)

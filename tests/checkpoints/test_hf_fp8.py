@@ -86,7 +86,7 @@ def test_the_tensors(exported):
 
 def test_it_comes_in_again_as_bf16_and_goes_the_same(exported, tmp_path):
     hf.import_hf(exported / "out", tmp_path / "b")
-    assert not load_params(tmp_path / "b")[1]["runs"]["000"]["attn"]["q"].dtype != jnp.bfloat16
+    assert load_params(tmp_path / "b")[1]["runs"]["000"]["attn"]["q"].dtype == jnp.bfloat16
     once = tensors_of(exported / "out")
     hf.export_hf(tmp_path / "b", tmp_path / "plain")
     assert "quantization_config" not in read_config(tmp_path / "plain")
