@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention
+from nemojax.backends import gpu
+from nemojax.backends.kernels import Asked, Kernel, attention_kernel
+from nemojax.backends.rows import Rows
 from nemojax.model import rope
 from nemojax.model.blockwise import ACCELERATOR, CPU, Places, Tiles, attend_blockwise, block_size
 from nemojax.sharding import platform, spec_of, ways_of
@@ -22,35 +27,63 @@ QUERY_BLOCKS = 4
 SPLIT_LENGTH = 128  # below, a block is too small to be worth a program of its own
 
 
+# Queries, keys and values of a device with the places of queries and keys; returns [B, T, N, H].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Places, Places], jax.Array]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What attention needs to know of a batch, made once and shared by all layers."""
+    """What attention needs to know of a batch, made once and shared by all layers.
+
+    `packed`: rows may have several documents, or padding. `kernel`: the one asked for.
+    """
 
     positions_BT: jax.Array
     segments_BT: jax.Array
     cos_BTP: jax.Array
     sin_BTP: jax.Array
+    packed: bool = field(default=True, metadata={"static": True})
+    kernel: Asked = field(default="auto", metadata={"static": True})
 
 
-def make_context(arch: ArchSpec, positions_BT: jax.Array, segments_BT: jax.Array | None = None) -> Context:
-    """Context of a batch: positions restart with each document; segments tell documents apart (0 pads)."""
+def make_context(
+    arch: ArchSpec,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    kernel: Asked = "auto",
+) -> Context:
+    """Context of a batch: positions restart with each document; segments tell documents apart (0 pads).
+
+    Without segments each row is one document. `kernel`: that of attention over packed rows.
+    """
     cos_BTP, sin_BTP = rope.tables(arch.rope, arch.head_dim, positions_BT)
-    segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
-    return Context(positions_BT, segments_BT, cos_BTP, sin_BTP)
+    packed = segments_BT is not None
+    segments_BT = segments_BT if packed else jnp.ones_like(positions_BT)
+    return Context(positions_BT, segments_BT, cos_BTP, sin_BTP, packed, kernel)
 
 
 def attend_packed(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context, spec: Attention
 ) -> jax.Array:
-    """Causal attention inside each document of a packed row; returns [B, T, N, H].
+    """Causal attention inside each document of a packed row, by the kernel of the context's choice;
+    returns [B, T, N, H]. What padding gets is of no use, and finite."""
+    length, _, head_dim = q_BTNH.shape[1:]
+    name = kernel_of(length, head_dim, q_BTNH.dtype, packed=ctx.packed, asked=ctx.kernel)
+    if name == "short":
+        return attend_short(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
+    return _on_devices(_attend_by(name, spec.window), q_BTNH, k_BTKH, v_BTKH, ctx)
 
-    Long rows, and rows that several devices share, go through in pairs of blocks, where padding attends to
-    nothing (tests/benchmarks/context.py measures from which length on that is faster).
+
+def kernel_of(
+    length: int, head_dim: int, dtype: Any, *, packed: bool = True, asked: Asked = "auto"
+) -> Kernel:
+    """The kernel that `attend_packed` takes for rows under the mesh in scope.
+
+    ValueError when the one that is asked for cannot serve them.
     """
-    if q_BTNH.shape[1] >= tiles().long or ways_of("length") > 1:
-        return _attend_long(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
-    return attend_short(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
+    rows = Rows(length, head_dim, dtype, packed, split=ways_of("length") > 1)
+    return attention_kernel(platform(), rows, asked, long=tiles().long)
 
 
 def tiles() -> Tiles:
@@ -82,19 +115,40 @@ def attend_short(
     return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
 
-def _attend_long(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context, spec: Attention
+def _attend_by(name: Kernel, window: int | None) -> Attend:
+    """A kernel on what one device has."""
+    match name:
+        case "splash":
+            from nemojax.backends.splash import attend_splash  # Pallas takes a second to load
+
+            splash = functools.partial(attend_splash, window=window, interpret=platform() == "cpu")
+            return lambda q, k, v, at, _: splash(q, k, v, at.segments)
+        case "tokamax":
+            return lambda q, k, v, at, _: gpu.attend_tokamax(q, k, v, at.segments, window=window)
+        case "cudnn":
+            return lambda q, k, v, *_: gpu.attend_cudnn(q, k, v, window=window)
+    most = tiles().block
+
+    def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, at: Places, keys_at: Places) -> jax.Array:
+        # of a row that several devices share, each has two chunks
+        chunk = q.shape[1] if q.shape[1] == k.shape[1] else max(1, q.shape[1] // 2)
+        return attend_blockwise(q, k, v, at, keys_at, window=window, block=block_size(chunk, most))
+
+    return blockwise
+
+
+def _on_devices(
+    attend: Attend, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ctx: Context
 ) -> jax.Array:
-    """Blockwise, each device of the mesh in scope with its own rows, heads and queries.
+    """A kernel on each device of the mesh in scope, with its own rows, heads and queries.
 
     Devices that share a row gather its keys and values, as Llama 3 was trained (arXiv:2407.21783, section
     3.3.2): with few KV heads that is little beside the activations.
     """
     at_BT = Places(*(jnp.broadcast_to(x, q_BTNH.shape[:2]) for x in (ctx.segments_BT, ctx.positions_BT)))
-    most, mesh = tiles().block, jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        block = block_size(q_BTNH.shape[1], most)
-        return attend_blockwise(q_BTNH, k_BTKH, v_BTKH, at_BT, at_BT, window=spec.window, block=block)
+        return attend(q_BTNH, k_BTKH, v_BTKH, at_BT, at_BT)
     columns = spec_of(q_BTNH.shape[:2], "batch", "length")
     queries = spec_of(q_BTNH.shape, "batch", "length", "heads", None)
     keys = spec_of(k_BTKH.shape, "batch", "length", "kv_heads", None)
@@ -104,22 +158,21 @@ def _attend_long(
         if queries[2] and not keys[2]:
             mine = _kv_heads(jax.lax.axis_index(queries[2]), q.shape[2], group)
             k, v = k[:, :, mine], v[:, :, mine]
-        seen, chunk = (k, v, at), q.shape[1]
+        seen = (k, v, at)
         if columns[1]:
             gather = functools.partial(jax.lax.all_gather, axis_name=columns[1], axis=1, tiled=True)
-            seen, chunk = jax.tree.map(gather, seen), max(1, chunk // 2)  # a device has two chunks of a row
+            seen = jax.tree.map(gather, seen)
         k, v, keys_at = seen
-        block = block_size(chunk, most)
-        return attend_blockwise(q, k, v, at, keys_at, window=spec.window, block=block)
+        return attend(q, k, v, at, keys_at)
 
     # the check of replication knows no loop that begins with the same zeros everywhere
-    attend = jax.shard_map(
+    one_each = jax.shard_map(
         on_device,
         in_specs=(queries, keys, keys, columns),
         out_specs=queries,
         check_vma=False,
     )
-    return attend(q_BTNH, k_BTKH, v_BTKH, at_BT)
+    return one_each(q_BTNH, k_BTKH, v_BTKH, at_BT)
 
 
 def _kv_heads(device: jax.Array, num_heads: int, group: int) -> jax.Array:

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-SAVED = "attended"  # the name, for policies of rematerialisation, of what the backward pass needs
+from nemojax.backends.rows import SAVED
+
 MASKED = float(jnp.finfo(jnp.float32).min)
 # where the running maximum begins: exp(MASKED - NOTHING) is 0, so a query that has seen no key yet adds none
 NOTHING = MASKED / 2

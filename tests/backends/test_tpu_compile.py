@@ -19,9 +19,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
+from nemojax.backends import tpu
 from nemojax.generate import programs
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.model import llama
+from nemojax.model import attention, llama
 from nemojax.model.cache import init_cache
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
@@ -163,6 +164,30 @@ def test_chips_that_share_a_row_share_its_memory(chips):
         needed[ways] = memory.temp_size_in_bytes
         assert {"all-gather", "reduce-scatter"} <= collectives(compiled)
     assert needed[4] < 0.65 * needed[2] < length * length
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_long_rows_take_splash_attention(chips, monkeypatch, sizes):
+    """Forward and backward, also where rows and heads are split, in less memory than loops over blocks."""
+    blocks = (BlockSpec(Attention(4), SwiGLU(1024)), BlockSpec(Attention(1, window=500), SwiGLU(1024)))
+    arch, length, tx = ARCH.replace(context=2048, blocks=blocks), 2048, make_optimizer(OptimConfig(), 100)
+    mesh = make_mesh(MeshConfig(**sizes), chips[: math.prod(sizes.values())])
+    arguments = train_state(mesh, tx, arch), None, abstract_batch(mesh, 2, length, BATCH_AXES, None)
+    needed = {}
+    for kernel in ("splash", "blockwise"):
+        if kernel == "blockwise":
+            monkeypatch.setattr(attention, "attention_kernel", lambda *_, **__: "blockwise")
+        step = make_step(lm_loss(arch, llama.Compute("bfloat16", remat="full"), chunk=256), tx)
+        with jax.set_mesh(mesh):
+            assert attention.kernel_of(length, arch.head_dim, jnp.bfloat16) == kernel
+            lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
+        compiled = lowered.compile(compiler_options=dict(tpu.COMPILER_OPTIONS))
+        memory: Any = compiled.memory_analysis()
+        needed[kernel], text = memory.temp_size_in_bytes, compiled.as_text()
+        parts = {part for part in ("fwd", "dq", "dkv") if f"splash_mha_{part}_segmented" in text}
+        assert ("tpu_custom_call" in text) == (kernel == "splash") == bool(parts)
+        assert len(parts) in (0, 3)
+    assert needed["splash"] < needed["blockwise"], needed
 
 
 def test_a_decoding_step(mesh):

@@ -1,0 +1,142 @@
+"""An NVIDIA GPU: its attention kernels, compiler options, environment, and precision of matmuls."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nemojax.backends.rows import Rows, fill_rows
+
+KERNELS: tuple[Any, ...] = ("cudnn", "tokamax")
+
+COMPILER_OPTIONS: Mapping[str, bool | int | str] = {
+    # matmuls go to cuBLASLt, which has FP8 and fused epilogues, instead of kernels that XLA writes
+    "xla_gpu_enable_triton_gemm": False,
+    # collectives run beside the computation that does not wait for them
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_highest_priority_async_stream": True,
+    # weights of the next layer of a scan are gathered, and gradients of the last one scattered, meanwhile
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+    "xla_gpu_enable_pipelined_all_reduce": True,
+    # two buffers in turn for what a scan carries, instead of a copy in each of its steps
+    "xla_gpu_enable_while_loop_double_buffering": True,
+}
+ENVIRONMENT: Mapping[str, str] = {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # a quarter of the memory would lie idle
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels start in the order in which the scheduler put them
+}
+
+TOKAMAX = "0.0."  # versions whose inner interface is the one below
+_BLOCK = 128  # positions that a block of tokamax's kernels has at most, for queries of two warp groups
+
+
+def matmul_precision(dtype: str) -> str:
+    """For `jax.default_matmul_precision`: f32 means f32, where the default would be TF32 (10 bits)."""
+    return "highest" if dtype == "float32" else "default"
+
+
+def refusal(kernel: str, rows: Rows) -> str | None:
+    """Why a kernel cannot serve `rows`; None when it can."""
+    if kernel == "splash":
+        return "it is a kernel for TPUs"
+    if jnp.dtype(rows.dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16, not in {jnp.dtype(rows.dtype).name}"
+    if kernel == "tokamax":
+        if rows.head_dim % 64 or rows.head_dim > 256:
+            return f"its heads have 64, 128, 192 or 256 channels, not {rows.head_dim}"
+        return None if tokamax_kernels() else f"tokamax {TOKAMAX}* is not installed (pip install tokamax)"
+    if rows.packed:
+        return "it knows no documents within a row"
+    if rows.head_dim % 8 or rows.head_dim > 128:
+        return f"its heads have up to 128 channels, a multiple of 8, not {rows.head_dim}"
+    return None if cudnn_version() else "cuDNN is not installed (the extra `cuda12` brings it)"
+
+
+@functools.cache
+def cudnn_version() -> int | None:
+    """As 91002 for 9.10.2; None without cuDNN or the CUDA plugin. Asks for no device."""
+    from jax._src.lib import cuda_versions  # what `jax.nn.dot_product_attention` asks, too
+
+    try:
+        return cuda_versions.cudnn_get_version() if cuda_versions else None
+    except RuntimeError:  # the plugin is there, the library is not
+        return None
+
+
+def attend_cudnn(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int | None = None
+) -> jax.Array:
+    """cuDNN's flash attention over rows of one document each; [B, T, N, H]."""
+    before = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=before, implementation="cudnn"
+    )
+
+
+@functools.cache
+def tokamax_kernels() -> tuple[Any, Any, Any] | None:
+    """(type of a mask, kernel for Hopper and later, kernel for any GPU) of tokamax; None without.
+
+    Where a document begins goes into the mask by its inner interface alone; hence the versions.
+    """
+    try:
+        if not metadata.version("tokamax").startswith(TOKAMAX):
+            return None
+        # it would read this process's command line as its own, and warn at every size it was not tuned for
+        flags = importlib.import_module("absl.flags").FLAGS
+        if not flags.is_parsed():
+            flags.mark_as_parsed()
+        logging.getLogger("absl").addFilter(lambda record: "Autotuning cache miss" not in str(record.msg))
+        masks = importlib.import_module("tokamax._src.ops.attention.base")
+        kernels = importlib.import_module("tokamax._src.ops.attention.api").IMPLEMENTATIONS
+        # programs for a GPU are compiled without one as well
+        flags.tokamax_cross_compile = True
+        return masks.Mask, kernels["mosaic_gpu"], kernels["triton"]
+    except (ImportError, KeyError, AttributeError):
+        return None
+
+
+def attend_tokamax(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """tokamax's flash attention inside each document of packed rows whose columns are in order.
+
+    By the kernel for Hopper on such a device, else (and compiled without a device) by Triton's; [B, T, N, H].
+    Blocks before a query's document are left out.
+    """
+    found = tokamax_kernels()
+    assert found is not None, "refused by `refusal`"
+    mask_type, *kernels = found
+    length = q_BTNH.shape[1]
+    full = -(-length // _BLOCK) * _BLOCK
+    q_BTNH, k_BTKH, v_BTKH, segments_BT = fill_rows((q_BTNH, k_BTKH, v_BTKH, segments_BT), full)
+    first_BT = document_starts(segments_BT)
+    if window is not None:
+        first_BT = jnp.maximum(first_BT, jnp.arange(full) - window + 1)
+    mask = mask_type(is_causal=True, k_start=first_BT[:, None])
+    for kernel in kernels:
+        try:
+            return kernel(q_BTNH, k_BTKH, v_BTKH, mask=mask)[:, :length]
+        except NotImplementedError:
+            if kernel is kernels[-1]:
+                raise
+    raise AssertionError("there are kernels")
+
+
+def document_starts(segments_BT: jax.Array) -> jax.Array:
+    """The column in which each column's document begins, [B, T]."""
+    new_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
+    return jax.lax.cummax(jnp.where(new_BT, jnp.arange(segments_BT.shape[1]), 0), axis=1)

@@ -1,0 +1,50 @@
+"""Which kernel computes attention over packed rows: one choice, by machine, rows and configuration.
+
+Each machine's file lists kernels of its own, the best first, and says which rows they cannot serve. Every
+machine has `blockwise`, loops that XLA compiles anywhere, and `short` for rows whose scores are small.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+from nemojax.backends import cpu, gpu, tpu
+from nemojax.backends.rows import Rows
+
+Kernel = Literal["short", "blockwise", "splash", "cudnn", "tokamax"]
+Asked = Literal["auto", "short", "blockwise", "splash", "cudnn", "tokamax"]
+
+# Positions from which on a kernel of the machine's own is taken: two blocks of it. The scores of `short` are
+# by then four times as large as the queries (128 channels, bf16), and go through memory several times.
+OWN_KERNEL = 1024
+
+
+def machine(platform: str) -> ModuleType:
+    """The file of a platform as devices call it: its kernels, compiler options, environment, precision."""
+    return {"gpu": gpu, "cuda": gpu, "rocm": gpu, "tpu": tpu}.get(platform, cpu)
+
+
+def attention_kernel(platform: str, rows: Rows, asked: Asked = "auto", *, long: int) -> Kernel:
+    """The kernel for `rows` on a platform; `long`: positions from which on `blockwise` beats `short`.
+
+    ValueError when the one that is asked for cannot serve them.
+    """
+    if asked != "auto":
+        if why := _refusal(platform, asked, rows):
+            raise ValueError(f"attention: expected a kernel for these rows, got {asked}: {why}; choose auto")
+        return asked
+    if rows.length >= OWN_KERNEL:
+        for kernel in machine(platform).KERNELS:
+            if _refusal(platform, kernel, rows) is None:
+                return kernel
+    return "blockwise" if rows.split or rows.length >= long else "short"
+
+
+def _refusal(platform: str, kernel: Kernel, rows: Rows) -> str | None:
+    """Why a kernel cannot serve these rows; None when it can."""
+    if kernel == "blockwise":
+        return None
+    if rows.split:
+        return "it takes columns in their order, and devices that share a row have another"
+    return None if kernel == "short" else machine(platform).refusal(kernel, rows)

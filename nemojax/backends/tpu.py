@@ -1,0 +1,33 @@
+"""A TPU: its attention kernel, compiler options, and precision of matmuls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemojax.backends.rows import Rows
+
+KERNELS: tuple[Any, ...] = ("splash",)
+
+COMPILER_OPTIONS: Mapping[str, bool | int | str] = {
+    # weights are gathered while matrices are multiplied: FSDP's collectives, cut into steps of a fusion
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    # gradients are summed over data-parallel slices one by one, as soon as each is there
+    "xla_tpu_enable_data_parallel_all_reduce_opt": True,
+    "xla_tpu_data_parallel_opt_different_sized_ops": True,
+}
+ENVIRONMENT: Mapping[str, str] = {}  # options go with each program; nothing has to be set before start-up
+
+
+def matmul_precision(dtype: str) -> str:
+    """For `jax.default_matmul_precision`: f32 means f32, where the default would be one pass of bf16."""
+    return "highest" if dtype == "float32" else "default"
+
+
+def refusal(kernel: str, rows: Rows) -> str | None:
+    """Why a kernel cannot serve `rows`; splash serves any length, head dim and dtype."""
+    return None if kernel == "splash" else "it is a kernel for GPUs"
