@@ -34,11 +34,15 @@ OTHERS = {
 }
 ORDER = ("import", *STAGES, "search", "generate", "serve", "chat", "export", "plan", "run")
 
+PROGRAMS = "NEMOJAX_COMPILATION_CACHE"  # where compiled programs are kept, or "off"
+PROGRAMS_BYTES = 10 << 30  # those unused for longest go first
+
 STAGE_USAGE = "nemojax {} [--config=FILE.py] --workdir=DIR [--config.a.b=value ...]"
 EPILOG = """\
 nemojax COMMAND --help lists a command's fields with their defaults and units.
 Exit codes: 0 done; 2 bad input, one line says what; 75 stopped by SIGTERM, run again to resume.
-NEMOJAX_TRACEBACK=1 adds the traceback to an error."""
+NEMOJAX_TRACEBACK=1 adds the traceback to an error. Compiled programs are kept in ~/.cache/nemojax/xla;
+NEMOJAX_COMPILATION_CACHE=DIR keeps them elsewhere, =off not at all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None and args and args[0] in (*STAGES, "run", "generate", "serve", "chat"):
         _take_large_pages()
+        _keep_programs()
     try:
         with _preemptible():
             _dispatch(args)
@@ -79,6 +84,27 @@ def _take_large_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_programs() -> None:
+    """Has JAX keep compiled programs from one run to the next; it reads these variables when it is imported.
+
+    Not for processes that share CPU programs, which hold the addresses of one run. What JAX is told by its
+    own variables stands.
+    """
+    several_on_cpus = os.environ.get("JAX_PLATFORMS") == "cpu" and "NEMOJAX_NUM_PROCESSES" in os.environ
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get(PROGRAMS) or os.path.join(cache, "nemojax", "xla")
+    if folder == "off" or several_on_cpus:
+        return
+    try:
+        if "://" not in folder:
+            os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        print(f"nemojax: {folder}: compiled programs are not kept ({error}); set {PROGRAMS}", file=sys.stderr)
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
 
 
 @contextlib.contextmanager

@@ -23,11 +23,12 @@ from nemojax.data.mixture import TextData, check_names, heldout_batches, train_b
 from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.evaluate.perplexity import heldout_loss
+from nemojax.hosts import on_primary
 from nemojax.log import read_metrics
 from nemojax.model import llama
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig, make_optimizer
-from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, on_primary
+from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh
 from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit, lm_loss
 

@@ -1,21 +1,15 @@
-"""Processes, mesh axes, the rules that map logical axes onto them, and shardings for whole trees.
+"""Mesh axes, the rules that map logical axes onto them, and shardings for whole trees.
 
-Axes: `data` replicates parameters, `fsdp` shards them (both split the batch), `context` splits the
-positions of a row, `tensor` splits heads, feed-forward channels and the vocabulary. "pjit sharding" is
-`jax.jit(in_shardings=, out_shardings=)` under `jax.set_mesh` with Auto axes.
+Axes: `slice` and `data` replicate parameters, `fsdp` shards them (all three split the batch), `context`
+splits the positions of a row, `tensor` splits heads, feed-forward channels and the vocabulary. "pjit
+sharding" is `jax.jit(in_shardings=, out_shardings=)` under `jax.set_mesh` with Auto axes.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import json
 import math
-import os
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemojax.config import field
 
-AXES = ("data", "fsdp", "context", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "context", "tensor")  # from the farthest devices to the nearest
+BATCH_AXES = ("slice", "data", "fsdp")
 
 # logical axis -> mesh axis; an axis that is absent here is never split
 RULES: Mapping[str, str | tuple[str, ...]] = {
@@ -42,198 +36,106 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 # fewer KV heads than the tensor axis has devices: every device keeps all of them
 REPLICATED_WHEN_UNEVEN = frozenset({"kv_heads"})
 
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
-    "NEMOJAX_COORDINATOR",
-    "NEMOJAX_NUM_PROCESSES",
-    "NEMOJAX_PROCESS_ID",
-)
-START_TIMEOUT = "NEMOJAX_START_TIMEOUT"  # seconds that a process waits for the others, 300 by default
-HEARTBEAT_SECONDS = 60  # a process that is silent for so long counts as dead, and the others end
-SHUTDOWN_SECONDS = 60  # a process that is done waits so long for the others
-FAREWELL_SECONDS = 5  # after an error the primary waits so long for others that have failed likewise
-
-
-def process_arguments(env: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize` by the environment; None for a run of one process.
-
-    Several processes are: NEMOJAX_COORDINATOR=HOST:PORT with NEMOJAX_NUM_PROCESSES and NEMOJAX_PROCESS_ID
-    (any machine); NEMOJAX_NUM_PROCESSES=auto alone (JAX detects the cluster); a Slurm step of several
-    tasks; a TPU pod that lists its workers. ValueError for half of the variables or one that makes no sense.
-    """
-    given = {name: env[name] for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if env.get(name)}
-    if given == {NUM_PROCESSES: "auto"}:
-        return {}
-    if given:
-        return _explicit_arguments(given)
-    if (tasks := env.get("SLURM_STEP_NUM_TASKS", "1")) != "1" and tasks.isdigit():
-        return {"cluster_detection_method": "slurm"}
-    return {} if "," in env.get("TPU_WORKER_HOSTNAMES", "") else None
-
-
-def _explicit_arguments(given: Mapping[str, str]) -> dict[str, Any] | None:
-    if missing := [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name not in given]:
-        raise ValueError(
-            f"{' and '.join(missing)}: expected a value beside {' and '.join(given)}, got none; "
-            "set all three or none of them"
-        )
-    host, _, port = given[COORDINATOR].rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"{COORDINATOR}: expected HOST:PORT of process 0, got {given[COORDINATOR]!r}")
-    for name in (NUM_PROCESSES, PROCESS_ID):
-        if not given[name].isdigit():
-            raise ValueError(f"{name}: expected a whole number, got {given[name]!r}")
-    count, index = int(given[NUM_PROCESSES]), int(given[PROCESS_ID])
-    if index >= count:
-        raise ValueError(f"{PROCESS_ID}: expected less than {NUM_PROCESSES} = {count}, got {index}")
-    if count == 1:
-        return None
-    return {
-        "coordinator_address": given[COORDINATOR],
-        "num_processes": count,
-        "process_id": index,
-        "cluster_detection_method": "deactivate",
-    }
-
-
-def start_processes() -> None:
-    """Joins the other processes when the environment names some; call it before anything uses a device.
-
-    Does nothing for one process, and when called again. ValueError when they cannot be reached in time.
-    """
-    if jax.distributed.is_initialized() or (arguments := process_arguments(os.environ)) is None:
-        return
-    limit = os.environ.get(START_TIMEOUT, "300")
-    if not limit.isdigit() or int(limit) < 1:
-        raise ValueError(f"{START_TIMEOUT}: expected a whole number of seconds, got {limit!r}")
-    failures: list[Exception] = []
-
-    def join() -> None:
-        try:
-            jax.distributed.initialize(
-                **arguments,
-                # JAX aborts the process at its own time limit; ours comes first and is an error
-                initialization_timeout=int(limit) + 60,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            )
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(int(limit))
-    who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "processes"
-    where = arguments.get("coordinator_address", "the coordinator that the cluster names")
-    if thread.is_alive():
-        raise ValueError(
-            f"{who}: expected all processes to meet at {where} within {limit} s, got no answer; start them "
-            f"all, check address and port, or raise {START_TIMEOUT}"
-        )
-    if failures:
-        raise ValueError(f"{who}: cannot start at {where} ({_line(failures[0])})") from failures[0]
-
-
-def is_primary() -> bool:
-    """Whether this process keeps the books (logs, configurations, small files) of a run."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def on_primary(make: Callable[[], Any]) -> Any:
-    """What `make()`, called in the primary process alone, returns there: the same in every process.
-
-    All processes must call this, and none returns before `make` has. With several the value goes through
-    JSON. An error of the primary is raised there as it is, and as a ValueError in the others.
-    """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return make()
-    value, failure = None, None
-    if is_primary():
-        try:
-            value = make()
-        except Exception as error:
-            failure = error
-    told = _broadcast({"value": value, "error": None if failure is None else _line(failure)})
-    if failure is not None:
-        raise failure
-    if told["error"] is not None:
-        raise ValueError(f"process 0: {told['error']}")
-    return told["value"]
-
-
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """Work that several processes do together: an error in one of them ends all within seconds.
-
-    JAX would have the process wait for the others at its exit, and abort when they do not come; they
-    cannot, for they wait for this one in the middle of a step. So it leaves without them: then they fail.
-    """
-    try:
-        yield
-    except Exception as error:
-        if jax.distributed.is_initialized() and jax.process_count() > 1:
-            lost = isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error)
-            atexit.register(_leave, 2 if lost or isinstance(error, ValueError | OSError) else 1)
-            if lost:
-                raise ValueError(
-                    f"process {jax.process_index()} of {jax.process_count()}: another process has ended "
-                    f"({_line(error)[:120]}); its log says why; run again to resume"
-                ) from error
-        raise
-
-
-def _leave(code: int) -> None:
-    if is_primary():  # the others lose their coordinator when it goes
-        time.sleep(FAREWELL_SECONDS)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _broadcast(value: Any) -> Any:
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(broadcast_one_to_all(np.int32(text.size)))
-    text = text if is_primary() else np.zeros(size, np.uint8)
-    return json.loads(np.asarray(broadcast_one_to_all(text)).astype(np.uint8).tobytes())
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = field(1, "devices along the data axis (parameters replicated)")
+    data: int = field(1, "devices along the data axis (parameters replicated, optimiser moments sharded)")
     fsdp: int = field(-1, "devices along the fsdp axis (parameters sharded); -1 takes what is left")
     context: int = field(1, "devices along the context axis (positions of a row split)")
     tensor: int = field(1, "devices along the tensor axis (heads, channels and vocabulary split)")
+    slice: int = field(
+        1,
+        "groups of near devices, each with all parameters; 1: an fsdp axis shards over TPU slices and nodes",
+    )
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all). ValueError when the axes do not multiply to their number."""
-    devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, name) for name in AXES]
-    if sizes.count(-1) > 1:
-        raise ValueError(f"mesh: expected at most one axis of -1, got {dict(zip(AXES, sizes, strict=True))}")
-    known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and known and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None, *, planned: bool = False
+) -> Mesh:
+    """The mesh over `devices` (default: all), those of a TPU slice, and in it of a process, side by side.
+
+    So the inner axes stay where communication is fast, and an axis that goes beyond a slice crosses to the
+    others as few times as it can. planned: for compilation alone, where no process reads rows.
+    ValueError when the axes do not multiply to the number of devices, or go across what they must not.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=_neighbourhood)
+    sizes = {name: getattr(config, name) for name in AXES}
+    if (free := [name for name in AXES if sizes[name] == -1])[1:]:
+        raise ValueError(f"mesh: expected at most one axis of -1, got {_shown(sizes)}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and known and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        odd = [name for name, size in sizes.items() if size != -1 and (size < 1 or len(devices) % size)]
+        nearest = nearest_mesh(config, {}, len(devices))
         raise ValueError(
-            f"mesh: expected axes that multiply to {len(devices)} devices, got "
-            f"{', '.join(f'{n}={s}' for n, s in zip(AXES, sizes, strict=True))}"
+            f"mesh: expected axes that multiply to {len(devices)} devices, got {_shown(sizes)}"
+            + (f", of which {' and '.join(odd)} cannot divide them" if odd else "")
+            + f"; the nearest mesh that does is {_shown(vars(nearest))}"
         )
-    grid = np.asarray(devices).reshape(sizes)
-    shared = math.prod(sizes[len(BATCH_AXES) :])
-    if any(len({d.process_index for d in group}) > 1 for group in grid.reshape(-1, shared)):
+    grid = np.asarray(devices).reshape([*sizes.values()])
+    _check_slices(sizes["slice"], devices)
+    shared = sizes["context"] * sizes["tensor"]
+    if not planned and any(len({d.process_index for d in group}) > 1 for group in grid.reshape(-1, shared)):
         # every process reads rows of its own, so the devices that share a row must be of one process
         raise ValueError(
             "mesh: expected a context x tensor axis within the devices of one process, got "
-            f"tensor={sizes[3]}, context={sizes[2]} over {jax.process_count()} processes of "
+            f"tensor={sizes['tensor']}, context={sizes['context']} over {jax.process_count()} processes of "
             f"{jax.local_device_count()}; choose smaller ones"
         )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _neighbourhood(device: Any) -> tuple[int, int]:
+    return getattr(device, "slice_index", None) or 0, device.process_index
+
+
+def _check_slices(count: int, devices: Sequence[Any]) -> None:
+    """ValueError for a slice axis whose groups lie across the slices that the devices (in order) come in."""
+    there = len({_neighbourhood(device)[0] for device in devices})
+    if count > 1 and count % there and there % count:
+        raise ValueError(
+            f"mesh: expected a slice axis that fits the {there} slices of the devices, got slice={count}; "
+            f"choose {there}, or 1 to shard parameters over all of them"
+        )
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={sizes[name]}" for name in AXES if name != "slice" or sizes[name] != 1)
+
+
+def nearest_mesh(config: MeshConfig, sizes: Mapping[str, Iterable[int]], devices: int) -> MeshConfig:
+    """The mesh of `devices` devices nearest to `config` over which dimensions of these sizes can be split.
+
+    sizes: of every logical axis (see RULES), as `logical_sizes` gives them; KV heads count for nothing. The
+    tensor axis stays as near as can be to what was asked, by ratio, then the context and the slice axis,
+    then data; fsdp takes what they leave, as far as it divides the embedding width, and data the rest.
+    """
+    divisors = {axis: _common_divisor(axis, sizes) for axis in AXES}
+
+    def meshes(axes: Sequence[str], left: int) -> Iterator[dict[str, int]]:
+        if not axes:
+            yield from [{}] if left == 1 else []
+            return
+        for size in range(1, left + 1):
+            if left % size == 0 and divisors[axes[0]] % size == 0:
+                yield from ({axes[0]: size, **rest} for rest in meshes(axes[1:], left // size))
+
+    def distance(mesh: Mapping[str, int]) -> list[float]:
+        order = ("tensor", "context", "slice", "data", "fsdp")
+        asked = [getattr(config, axis) for axis in order]
+        return [
+            abs(math.log(mesh[axis] / wanted)) if wanted > 0 else 0.0
+            for axis, wanted in zip(order, asked, strict=True)
+        ]
+
+    return MeshConfig(**min(meshes(AXES, devices), key=distance))
+
+
+def _common_divisor(axis: str, sizes: Mapping[str, Iterable[int]]) -> int:
+    """What a mesh axis must divide; 0, which everything does, where it splits none of the dimensions."""
+    split = [name for name in sizes if name not in REPLICATED_WHEN_UNEVEN and axis in _names(RULES.get(name))]
+    return math.gcd(*(size for name in split for size in sizes[name]))
 
 
 def mesh_of(params: Any) -> Mesh | None:
@@ -254,9 +156,14 @@ def whole_rows(config: MeshConfig, stage: str) -> MeshConfig:
 
 
 def partition_spec(
-    logical: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, where: str
+    logical: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    where: str,
+    sizes: Mapping[str, Iterable[int]] | None = None,
 ) -> PartitionSpec:
-    """Mesh axes for one array. ValueError when a split dimension does not divide."""
+    """Mesh axes for one array. ValueError when a split dimension does not divide, with the nearest mesh that
+    divides it and all of `sizes` (see `nearest_mesh`)."""
     entries: list[str | tuple[str, ...] | None] = []
     for name, size in zip(logical, shape, strict=True):
         target = RULES.get(name) if name else None
@@ -268,27 +175,46 @@ def partition_spec(
         elif name in REPLICATED_WHEN_UNEVEN:
             entries.append(None)
         else:
+            asked = MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
+            all_sizes = sizes or {n: [s] for n, s in zip(logical, shape, strict=True) if n}
             raise ValueError(
-                f"{where}: {name} = {size} does not divide over {target} = {ways}; choose another mesh"
+                f"{where}: {name} = {size} does not divide over {target} = {ways}; the nearest mesh that "
+                f"works is {_shown(vars(nearest_mesh(asked, all_sizes, mesh.size)))}"
             )
     return PartitionSpec(*entries)
 
 
 def shardings_of(logical: Mapping[str, Any], abstract: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """NamedShardings for a tree of arrays from the equally shaped tree of logical axes."""
+    sizes = logical_sizes(logical, abstract)
 
     def one(path: Any, axes: tuple[str | None, ...], leaf: Any) -> NamedSharding:
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, where))
+        return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh, where, sizes))
 
     return jax.tree_util.tree_map_with_path(one, logical, abstract, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def logical_sizes(logical: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, set[int]]:
+    """{logical axis: the sizes that it has anywhere in a tree of arrays}."""
+    sizes: dict[str, set[int]] = {}
+
+    def add(axes: tuple[str | None, ...], leaf: Any) -> None:
+        for name, size in zip(axes, leaf.shape, strict=True):
+            if name:
+                sizes.setdefault(name, set()).add(size)
+
+    jax.tree.map(add, logical, abstract, is_leaf=lambda x: isinstance(x, tuple))
+    return sizes
 
 
 def shardings_like(tree: Any, params: Any) -> Any:
     """A sharding for every leaf of a tree that repeats parameters, such as an optimiser state.
 
-    A leaf goes where the parameter does whose path ends its own and whose shape it has, any other leaf to
-    all devices. None where the parameters are on no mesh.
+    A leaf goes where the parameter does whose path ends its own and whose shape it has, and is split over
+    the data axis besides: a device updates its part of what `data` replicates, and the parts are gathered
+    (ZeRO-1, arXiv:1910.02054, section 5.1). Any other leaf goes to all devices. None where the parameters
+    are on no mesh.
     """
     placed = {
         path: leaf
@@ -301,9 +227,25 @@ def shardings_like(tree: Any, params: Any) -> Any:
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
         ends = (placed.get(path[i:]) for i in range(len(path)))
-        return next((p.sharding for p in ends if p is not None and p.shape == leaf.shape), replicated)
+        found = next((p.sharding for p in ends if p is not None and p.shape == leaf.shape), None)
+        return _over_data(found, leaf.shape) if found else replicated
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _over_data(place: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """Also over the data axis, along a dimension that divides: best where fsdp splits it, so that gradients
+    are scattered over both at once; never over the layers of a stack, which are walked one by one."""
+    mesh, ways = place.mesh, place.mesh.shape.get("data", 1)
+    entries = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    parts = [size // _ways(entry, mesh) for size, entry in zip(shape, entries, strict=True)]
+    stacked = len(parts) > 1 and entries[0] is None
+    dims = [d for d in range(int(stacked), len(parts)) if parts[d] % ways == 0]
+    if ways == 1 or not dims:
+        return place
+    best = max(dims, key=lambda d: ("fsdp" in _names(entries[d]), parts[d]))
+    entries[best] = (*_names(entries[best]), "data")
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def ways_of(logical: str) -> int:
@@ -415,5 +357,8 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def _ways(target: str | tuple[str, ...] | None, mesh: Any) -> int:
-    names = (target,) if isinstance(target, str) else target or ()
-    return math.prod(mesh.shape[n] for n in names)
+    return math.prod(mesh.shape[name] for name in _names(target))
+
+
+def _names(target: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else target or ()

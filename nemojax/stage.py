@@ -53,28 +53,28 @@ def run_stage(
     ValueError when an input is missing, when another process is at work here, when there are more
     processes than the stage can use, or (`OtherRun`, nothing touched) when the directory is another run's.
     """
-    from nemojax import sharding
+    from nemojax import hosts
 
     if many_processes:
-        sharding.start_processes()
+        hosts.start_processes()
     else:
         expect_one_process(name)
     workdir = Path(workdir)
-    with sharding.failing_together(), contextlib.ExitStack() as held:
-        wanted = sharding.on_primary(lambda: _record(name, cfg, inputs))
-        done = sharding.on_primary(lambda: _begin(workdir, wanted, held))
+    with hosts.failing_together(), contextlib.ExitStack() as held:
+        wanted = hosts.on_primary(lambda: _record(name, cfg, inputs))
+        done = hosts.on_primary(lambda: _begin(workdir, wanted, held))
         if done is not None:
             return done
         start = time.perf_counter()
         result = to_dict(dict(body(workdir)))
-        return sharding.on_primary(lambda: _finish(workdir, wanted, result, time.perf_counter() - start))
+        return hosts.on_primary(lambda: _finish(workdir, wanted, result, time.perf_counter() - start))
 
 
 def expect_one_process(name: str) -> None:
     """ValueError when the environment starts several processes of something that one alone can do."""
-    from nemojax import sharding
+    from nemojax import hosts
 
-    if sharding.process_arguments(os.environ) is not None:
+    if hosts.process_arguments(os.environ) is not None:
         raise ValueError(f"{name}: expected one process, got several; it does not split its work, start one")
 
 
@@ -102,13 +102,13 @@ def _finish(
 
 def start_artifact(workdir: Path, arch: ArchSpec, tokenizer_dir: Path) -> None:
     """arch.json and tokenizer/ of a stage's model, written by one process before any goes on."""
-    from nemojax import sharding
+    from nemojax import hosts
 
     def write() -> None:
         write_text(workdir / "arch.json", arch.dumps())
         copy_tokenizer(tokenizer_dir, workdir / "tokenizer")
 
-    sharding.on_primary(write)
+    hosts.on_primary(write)
 
 
 def fingerprint(path: str | os.PathLike) -> str:

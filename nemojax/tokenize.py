@@ -179,11 +179,11 @@ class StreamedTexts(Sequence[str]):
 
 
 def _tokenize(cfg: Config, workdir: Path) -> dict[str, Any]:
-    from nemojax import sharding
+    from nemojax import hosts
 
     index, count = _place()
     tokenizer = load_tokenizer(cfg.tokenizer)
-    sharding.on_primary(lambda: str(tokenizer.save(workdir / "tokenizer")))
+    hosts.on_primary(lambda: str(tokenizer.save(workdir / "tokenizer")))
     if not (workdir / "tokenizer").is_dir():
         raise ValueError(
             f"{workdir}: expected the directory that process 0 writes to, got another; choose a --workdir on "
@@ -198,7 +198,7 @@ def _tokenize(cfg: Config, workdir: Path) -> dict[str, Any]:
     for part, number in made:
         while not is_complete(part.folder) and missing_shards(part.folder, number):
             time.sleep(_POLL_SECONDS)  # of another process; if that one dies, this one is ended too
-    return sharding.on_primary(lambda: _finish(made, tokenizer))
+    return hosts.on_primary(lambda: _finish(made, tokenizer))
 
 
 def _finish(made: Sequence[tuple[Part, int]], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -350,11 +350,11 @@ class Progress:
     """How far a part of a source is, on standard error: a bar on a terminal, elsewhere a line a shard."""
 
     def __init__(self, name: str, documents: int):
-        from nemojax import sharding
+        from nemojax import hosts
 
         self._name, self._total = name, documents
         self._documents, self._tokens, self._started = 0, 0, time.monotonic()
-        self._quiet = not sharding.is_primary() or not documents
+        self._quiet = not hosts.is_primary() or not documents
         self._bar: Any = None
         if not self._quiet and sys.stderr.isatty():
             from rich import progress

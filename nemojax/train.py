@@ -29,12 +29,13 @@ from nemojax.checkpoints.training import TrainState, init_state
 from nemojax.commands import EXIT_PREEMPTED
 from nemojax.config import field
 from nemojax.data.reading import SourceUnavailable
+from nemojax.hosts import is_primary
 from nemojax.log import RunLog
 from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import is_primary, place_batch, use_mesh
+from nemojax.sharding import place_batch, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 

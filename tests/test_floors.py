@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nemojax"
 # each other on one floor.
 FLOORS = (
     ("arch", "config", "tree", "commands"),
-    ("sharding", "backends", "optim"),
+    ("hosts", "sharding", "backends", "optim"),
     ("model", "losses"),
     ("checkpoints", "data", "log", "plots"),
     ("generate", "train"),

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 import pytest
 
-from nemojax.checkpoints.artifact import load_params
+from nemojax.checkpoints.artifact import load_params, save_params
 from nemojax.data.tokenizer import train_tokenizer
-from nemojax.sharding import MeshConfig, make_mesh, on_primary, process_arguments, start_processes
+from nemojax.hosts import on_primary, process_arguments, start_processes
+from nemojax.model.llama import init_params
+from nemojax.sharding import MeshConfig, make_mesh
 
 HERE = {"NEMOJAX_COORDINATOR": "host:1234", "NEMOJAX_NUM_PROCESSES": "4", "NEMOJAX_PROCESS_ID": "3"}
 STEPS = 20
@@ -35,7 +37,15 @@ def test_what_the_environment_says():
     assert process_arguments({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}) is None  # no step: not under srun
     assert process_arguments({"SLURM_STEP_NUM_TASKS": "1"}) is None
     assert process_arguments({"SLURM_STEP_NUM_TASKS": "16"}) == {"cluster_detection_method": "slurm"}
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+    assert process_arguments(step) == {
+        "cluster_detection_method": "slurm",
+        "local_device_ids": list(range(8)),  # a task for each node has all of its GPUs
+    }
+    each = step | {"SLURM_STEP_NUM_TASKS": "32", "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}
+    assert process_arguments(each) == {"cluster_detection_method": "slurm"}  # JAX gives each task one
     assert process_arguments({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert process_arguments({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}) == {}
     assert process_arguments({"TPU_WORKER_HOSTNAMES": "a,b"}) == {}
 
 
@@ -87,7 +97,16 @@ def get_config():
         "model": {model!r},
         "data": {{"sources": [{{"name": "sort3", "num": 40}}], "length": 224, "batch_size": 8}}
         | {{"heldout_num": 8}},
-        "fit": {{"steps": 10, "log_every": 1}},
+        "fit": {{"steps": {steps}, "log_every": 1}},
+    }}
+"""
+DISTILL = """
+def get_config():
+    return {{
+        "student": {student!r},
+        "teacher": {teacher!r},
+        "data": {{"length": 64, "batch_size": 16, "heldout_batches": 1}},
+        "fit": {{"steps": {steps}, "log_every": 1}},
     }}
 """
 COMPRESS = """
@@ -104,7 +123,7 @@ def get_config():
     }}
 """
 # The command line, with the rows of every batch written down; process FAILS fails at its third batch.
-WORKER = """
+WORKER = """#!{python}
 import os, sys
 from nemojax.cli import main
 from nemojax.data.prefetch import Prefetch
@@ -114,17 +133,18 @@ draw, count = Prefetch.__next__, 0
 def watched(self):
     global count
     count += 1
-    me = os.environ.get("NEMOJAX_PROCESS_ID", "0")
+    me = os.environ["NEMOJAX_PROCESS_ID"]
     if os.environ.get("FAILS") == me and count == 3:
         raise ValueError("row 3: broken")
     batch = draw(self)
-    with open(f"{os.environ['ROWS']}.{me}", "a") as file:
+    with open(f"{{os.environ['ROWS']}}.{{me}}", "a") as file:
         file.writelines(row + "\\n" for row in self.ids)
     return batch
 
 Prefetch.__next__ = watched
 sys.exit(main())
 """
+LAUNCHER = Path(__file__).parent.parent / "launch" / "local_cluster.sh"
 
 
 def free_address() -> str:
@@ -134,54 +154,61 @@ def free_address() -> str:
 
 
 class Run:
-    """A stage in one or several processes that stand in for machines of a cluster."""
+    """A stage in one or several processes that stand in for machines of a cluster: eight devices in all."""
 
     def __init__(self, stage: str, workdir: Path, recipe: Path, count: int, *extra: str, **env: str):
-        workdir.parent.mkdir(exist_ok=True)
+        program = workdir.parent / "bin" / "nemojax"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(WORKER.format(python=sys.executable))
+        program.chmod(0o755)
         self.workdir, self.count = workdir, count
         self.rows_path = workdir.parent / f"{workdir.name}.rows{len(list(workdir.parent.iterdir()))}"
+        self.logs = [Path(f"{workdir}.process{i}.log") for i in range(count)]
+        self._before = [log.stat().st_size if log.exists() else 0 for log in self.logs]
+        self._said: list[str] | None = None
+        self._output = Path(f"{self.rows_path}.launcher")
         arguments = [stage, f"--config={recipe}", f"--workdir={workdir}", *extra]
-        shared = {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
-            "ROWS": str(self.rows_path),
-            "NEMOJAX_START_TIMEOUT": "120",
-        }
-        if count > 1:
-            shared |= {"NEMOJAX_COORDINATOR": free_address(), "NEMOJAX_NUM_PROCESSES": str(count)}
-        self.logs = [Path(f"{self.rows_path}.log{i}") for i in range(count)]
-        self.processes = []
-        for index, log in enumerate(self.logs):
-            mine = {"NEMOJAX_PROCESS_ID": str(index)} if count > 1 else {}
-            with log.open("w") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", WORKER, *arguments],
-                        env=os.environ | shared | mine | env,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+        mine = {"XLA_FLAGS": "", "ROWS": str(self.rows_path), "NEMOJAX_START_TIMEOUT": "120"}
+        with self._output.open("w") as out:
+            self.launcher = subprocess.Popen(
+                ["bash", str(LAUNCHER), str(count), f"--devices={8 // count}", *arguments],
+                env=os.environ | mine | {"NEMOJAX_VENV": str(workdir.parent)} | env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
 
-    def codes(self, seconds: float = 240) -> list[int]:
-        """Exit codes; whatever still runs after `seconds` is killed and counts as -9."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        return [process.returncode for process in self.processes]
+    def code(self, seconds: float = 240) -> int:
+        """The launcher's exit code; what still runs after `seconds` is killed, and it is -9."""
+        try:
+            self.launcher.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for _ in range(2):  # the second one kills
+                self.launcher.terminate()
+                time.sleep(1)
+            self.launcher.wait()
+            return -9
+        finally:
+            self._said = self.said()
+        return self.launcher.returncode
 
     def finish(self) -> "Run":
-        codes = self.codes()
-        assert codes == [0] * self.count, self.text()
+        assert self.code() == 0, self.text()
+        assert self.launched()[-1] == self.last_lines()[0]
         return self
+
+    def launched(self) -> list[str]:
+        """What the launcher says."""
+        return self._output.read_text().splitlines()
+
+    def signal(self, index: int, number: int) -> None:
+        """Sends a signal to one of the processes."""
+        line = next(line for line in self.launched() if line.startswith(f"process {index} of {self.count}: "))
+        os.kill(int(line.split("pid ")[1].split(",")[0]), number)
 
     def rows(self) -> list[str]:
         """The documents of every row in the order of the global batches."""
         parts = [Path(f"{self.rows_path}.{i}").read_text().splitlines() for i in range(self.count)]
-        return [row for rows in zip(*parts, strict=True) for row in rows]
+        return [row for rows in zip(*parts, strict=False) for row in rows]
 
     def losses(self) -> np.ndarray:
         lines = map(json.loads, (self.workdir / "metrics.jsonl").read_text().splitlines())
@@ -189,16 +216,25 @@ class Run:
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         return np.array([row["train/loss"] for row in rows])
 
+    def said(self) -> list[str]:
+        """What each process has written in this run."""
+        if self._said is not None:
+            return self._said
+        return [
+            log.read_text()[start:] if log.exists() else ""
+            for log, start in zip(self.logs, self._before, strict=True)
+        ]
+
     def text(self) -> str:
-        return "\n".join(f"{log}:\n{log.read_text()[-3000:]}" for log in self.logs)
+        return "\n".join([*self.launched(), *(text[-3000:] for text in self.said())])
 
     def last_lines(self) -> list[str]:
-        return [(log.read_text().splitlines() or [""])[-1] for log in self.logs]
+        return [(text.splitlines() or [""])[-1] for text in self.said()]
 
     def wait_for_steps(self, number: int) -> None:
         path, end = self.workdir / "metrics.jsonl", time.monotonic() + 240
         while not path.is_file() or path.read_text().count("\n") < number:
-            assert all(p.poll() is None for p in self.processes), self.text()
+            assert self.launcher.poll() is None, self.text()
             assert time.monotonic() < end, self.text()
             time.sleep(0.005)
 
@@ -243,27 +279,27 @@ def test_what_is_done_is_skipped_or_refused_by_all(recipes, double):
     assert not list(again.rows_path.parent.glob(f"{again.rows_path.name}.[01]"))  # nothing was trained
     assert again.last_lines() == double.last_lines()
     other = Run("pretrain", double.workdir, recipes / "short.py", 2, "--config.seed=1")
-    assert other.codes() == [2, 2]
+    assert other.code() == 2
     first, second = other.last_lines()
     assert first.startswith("nemojax: ") and "another run, which differs in seed" in first
     assert second == first.replace("nemojax: ", "nemojax: process 0: ")
-    assert not any("Traceback" in log.read_text() for log in other.logs)
+    assert "Traceback" not in other.text()
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_stops_all_after_one_step_and_resumes(recipes, single, tmp_path):
     first = Run("pretrain", tmp_path / "run", recipes / "long.py", 2)
     first.wait_for_steps(5)
-    first.processes[1].send_signal(signal.SIGTERM)
-    assert first.codes() == [75, 75], first.text()
+    first.signal(1, signal.SIGTERM)
+    assert first.code() == 75, first.text()
     stopped = len(first.losses())
     assert 5 <= stopped < 400 and len(first.rows()) == 16 * stopped
     saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert saved == [str(stopped)]
     second = Run("pretrain", tmp_path / "run", recipes / "long.py", 2)
     second.wait_for_steps(max(STEPS, stopped + 5))
-    second.processes[0].send_signal(signal.SIGTERM)
-    assert second.codes() == [75, 75], second.text()
+    second.launcher.terminate()
+    assert second.code() == 75, second.text()
     # the short run takes the same steps: neither its data nor its learning rate know how many there are
     assert (first.rows() + second.rows())[: 16 * STEPS] == single.rows()
     np.testing.assert_allclose(second.losses()[:STEPS], single.losses(), rtol=1e-5)
@@ -273,13 +309,39 @@ def test_sigterm_to_one_stops_all_after_one_step_and_resumes(recipes, single, tm
 @pytest.mark.parametrize("broken", [0, 1])
 def test_an_error_in_one_ends_all(recipes, tmp_path, broken):
     run = Run("pretrain", tmp_path / "run", recipes / "short.py", 2, FAILS=str(broken))
-    codes = run.codes(seconds=150)
-    assert codes[broken] == 2 and "nemojax: row 3: broken" in run.logs[broken].read_text(), run.text()
-    if broken == 1:
-        assert codes[0] == 2 and "process 0 of 2: another process has ended (" in run.text()
-    else:  # it is the coordinator too: JAX aborts the others, unless they notice the broken step first
-        assert codes[1] in (2, -signal.SIGABRT), run.text()
+    assert run.code(seconds=150) == 2, run.text()
+    log = run.logs[broken]
+    line = f"local_cluster: process {broken} of 2 ended with exit code 2; its log is {log}"
+    assert run.launched()[-1] == line and "nemojax: row 3: broken" in run.said()[broken], run.text()
+    if broken == 1:  # without its coordinator, JAX may abort process 1 before it can say so
+        assert "process 0 of 2: another process has ended (" in run.said()[0]
     assert not (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_any_number_of_processes_resumes(recipes, single, tmp_path):
+    every = "--config.fit.checkpoint_every=5"
+    first = Run("pretrain", tmp_path / "run", recipes / "long.py", 2, every)
+    first.wait_for_steps(12)
+    first.signal(1, signal.SIGKILL)
+    assert first.code(seconds=150) == 2, first.text()
+    _, _, line = first.launched()
+    assert line.startswith("local_cluster: process 1 of 2 ended with exit code 137 (SIGKILL); its log is ")
+    drawn = first.rows()
+    assert drawn[: 16 * STEPS] == single.rows()[: len(drawn)]
+    for count in (4, 1):
+        saved = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+        run = Run("pretrain", tmp_path / "run", recipes / "long.py", count, every)
+        run.wait_for_steps(saved + 8)
+        run.launcher.terminate()
+        assert run.code() == 75, run.text()
+        again = run.rows()
+        known = drawn[16 * saved :]
+        assert len(again) >= 16 * 8 and again[: len(known)] == known[: len(again)]
+        drawn = drawn[: 16 * saved] + again
+        assert drawn[: 16 * STEPS] == single.rows()[: len(drawn)]
+        both = min(STEPS, len(run.losses()))
+        np.testing.assert_allclose(run.losses()[:both], single.losses()[:both], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -304,12 +366,29 @@ def test_a_missing_process_is_one_line_in_time(recipes, tmp_path, index):
 @pytest.mark.slow
 def test_fine_tuning_in_two_processes_equals_one(single, tmp_path):
     recipe = tmp_path / "sft.py"
-    recipe.write_text(SFT.format(model=str(single.workdir)))
+    recipe.write_text(SFT.format(model=str(single.workdir), steps=STEPS))
     one = Run("sft", tmp_path / "a" / "run", recipe, 1).finish()
     two = Run("sft", tmp_path / "b" / "run", recipe, 2).finish()
-    assert two.rows() == one.rows() and len(one.losses()) == 10
+    assert two.rows() == one.rows() and len(one.losses()) == STEPS
     np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
     assert result(one)["conversations"] == result(two)["conversations"]
+
+
+@pytest.mark.slow
+def test_a_distillation_in_two_processes_equals_one(single, tmp_path):
+    arch, _ = load_params(single.workdir)
+    student = init_params(arch, jax.random.key(7))
+    save_params(tmp_path / "student", arch, student, tokenizer_dir=single.workdir / "tokenizer")
+    recipe = tmp_path / "distill.py"
+    paths = {"student": str(tmp_path / "student"), "teacher": str(single.workdir)}
+    recipe.write_text(DISTILL.format(**paths, steps=STEPS))
+    one = Run("distill", tmp_path / "a" / "run", recipe, 1).finish()
+    two = Run("distill", tmp_path / "b" / "run", recipe, 2).finish()
+    assert two.rows() == one.rows() and len(one.rows()) == STEPS * 16
+    np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
+    for name, value in result(one).items():
+        if isinstance(value, float):
+            assert result(two)[name] == pytest.approx(value, rel=1e-4), name
 
 
 @pytest.mark.slow

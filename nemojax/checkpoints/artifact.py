@@ -19,8 +19,8 @@ import numpy as np
 
 from nemojax.arch import ArchSpec, block_shapes, load_arch
 from nemojax.checkpoints import store
+from nemojax.hosts import is_primary, on_primary
 from nemojax.model.llama import param_shardings
-from nemojax.sharding import is_primary, on_primary
 
 FORMAT_VERSION = 1
 

@@ -30,9 +30,10 @@ from nemojax.compress.subblock import PARTS, Kind, Part, Place, Sub, kind_name, 
 from nemojax.compress.variants import Library
 from nemojax.compress.window import Carry, Parent, Source
 from nemojax.config import to_dict
+from nemojax.hosts import is_primary, on_primary
 from nemojax.log import RunLog
 from nemojax.model.llama import Compute
-from nemojax.sharding import is_primary, on_primary, use_mesh
+from nemojax.sharding import use_mesh
 from nemojax.stage import locked, read_json, write_json
 
 TRAINING, UNIT, LOG = "training", "unit.json", "log"

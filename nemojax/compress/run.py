@@ -35,9 +35,10 @@ from nemojax.data.mixture import TextData, train_batches
 from nemojax.data.packing import Batch
 from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
+from nemojax.hosts import on_primary
 from nemojax.model.llama import Compute
 from nemojax.rewards.problems import ProblemSet, load_problems
-from nemojax.sharding import MeshConfig, make_mesh, on_primary, whole_rows
+from nemojax.sharding import MeshConfig, make_mesh, whole_rows
 from nemojax.stage import read_json, run_stage, start_artifact, write_json, write_text
 
 log = logging.getLogger(__name__)

@@ -29,12 +29,13 @@ from nemojax.compress.library import Library
 from nemojax.compress.measures import MEANINGS, Metric, Row, count, in_turn, sums_of
 from nemojax.compress.subblock import PARTS, Part, Sub, kind_name, part_spec, run_part, sub_of
 from nemojax.config import field
+from nemojax.hosts import is_primary, on_primary
 from nemojax.log import RunLog
 from nemojax.model.attention import make_context
 from nemojax.model.block import apply_block, block_axes
 from nemojax.model.layout import run_name
 from nemojax.model.llama import Compute, embed
-from nemojax.sharding import is_primary, on_primary, place_batch, shardings_of, use_mesh
+from nemojax.sharding import place_batch, shardings_of, use_mesh
 from nemojax.stage import read_json, write_json
 
 TOGETHER = 8  # replacements, at most, whose final streams are kept for one pass over the vocabulary

@@ -30,9 +30,10 @@ from nemojax.data.tokenizer import check_vocab, load_tokenizer
 from nemojax.data.vocabulary import tokenizer_digest
 from nemojax.distill.cache_store import FOLDER, About, TeacherCache, row_hashes
 from nemojax.distill.losses import DistillWeights, teacher_top_k
+from nemojax.hosts import is_primary, on_primary
 from nemojax.log import RunLog
 from nemojax.model.llama import Compute, Params
-from nemojax.sharding import BATCH_AXES, MeshConfig, is_primary, make_mesh, on_primary, place_batch, use_mesh
+from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.stage import fingerprint, read_json, run_stage, write_json
 from nemojax.train import Preempted, Sigterm
 

@@ -18,8 +18,8 @@ from nemojax.data.tokenizer import Tokenizer, load_tokenizer
 from nemojax.data.vocabulary import shared_vocab, tokenizer_digest
 from nemojax.distill.cache_store import TeacherCache
 from nemojax.distill.losses import DistillWeights, Teacher, distill_loss
+from nemojax.hosts import on_primary
 from nemojax.model.llama import Compute, Params, param_shardings
-from nemojax.sharding import on_primary
 from nemojax.stage import fingerprint
 from nemojax.train import LossFn
 

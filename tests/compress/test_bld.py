@@ -365,7 +365,7 @@ def test_bad_settings(params, ranks, tmp_path):
 
 WORKER = """
 import sys
-from nemojax.sharding import failing_together, start_processes
+from nemojax.hosts import failing_together, start_processes
 start_processes()
 with failing_together():
     from tests.compress import test_bld

@@ -283,7 +283,8 @@ import jax
 from nemojax.compress.measures import MEANINGS
 from nemojax.compress.score import Scoring, score_into
 from nemojax.model.llama import init_params, param_shardings
-from nemojax.sharding import make_mesh, start_processes
+from nemojax.hosts import start_processes
+from nemojax.sharding import make_mesh
 from tests.compress.made import Made
 from tests.compress.numpy_model import forward
 from tests.compress.test_score import SHORT, options_of
