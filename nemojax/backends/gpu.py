@@ -16,7 +16,7 @@ from nemojax.backends.rows import Rows, fill_rows
 
 KERNELS: tuple[Any, ...] = ("cudnn", "tokamax")
 
-COMPILER_OPTIONS: Mapping[str, bool | int | str] = {
+COMPILER_OPTIONS: Mapping[str, bool | str] = {
     # matmuls go to cuBLASLt, which has FP8 and fused epilogues, instead of kernels that XLA writes
     "xla_gpu_enable_triton_gemm": False,
     # collectives run beside the computation that does not wait for them

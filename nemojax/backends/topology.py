@@ -23,6 +23,7 @@ import jax
 
 from nemojax.backends.chips import Chip, chip_names, load_chip
 from nemojax.backends.hlo import Collective, collectives, kernels
+from nemojax.backends.kernels import machine
 
 LIBTPU, CUDA_PLUGINS = "NEMOJAX_LIBTPU", "NEMOJAX_CUDA_PLUGINS"
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4", "7x": "tpu7x-8"}
@@ -150,7 +151,8 @@ def compile_for(
         lowered = program.lower(*arguments, **static)
         start = time.perf_counter()
         try:
-            compiled = lowered.compile(compiler_options=compiler_options(topology.chip))
+            options = dict(machine(topology.chip.platform).COMPILER_OPTIONS)
+            compiled = lowered.compile(compiler_options=options or None)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -174,11 +176,6 @@ def compile_for(
         kernels(text),
         cost.get("optimal_seconds") if topology.chip.platform == "tpu" else None,
     )
-
-
-def compiler_options(chip: Chip) -> dict[str, Any] | None:
-    """Without a GPU no kernel can be tried out, and the compiler would write every product itself."""
-    return {"xla_gpu_enable_triton_gemm": False} if chip.platform == "gpu" else None
 
 
 def _last(axes: Sequence[str], mesh: Mapping[str, int]) -> int:

@@ -9,7 +9,7 @@ from nemojax.backends.rows import Rows
 
 KERNELS: tuple[Any, ...] = ("splash",)
 
-COMPILER_OPTIONS: Mapping[str, bool | int | str] = {
+COMPILER_OPTIONS: Mapping[str, bool | str] = {
     # weights are gathered while matrices are multiplied: FSDP's collectives, cut into steps of a fusion
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,

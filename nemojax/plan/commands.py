@@ -114,8 +114,12 @@ def as_text(plan: Plan, tokens: float | None, price: float | None) -> str:
         lines.append(f"  compiled in {part.compiled.compile_seconds:.0f} s")
     free = plan.room - plan.largest.bytes
     verdict = f"yes, {_gib(free)} of {_gib(plan.room)} free" if plan.fits else f"no, by {_gib(max(-free, 0))}"
+    lines.append("")
+    if plan.attention:
+        lines.append(f"attention    {plan.attention}")
+    if plan.caveat:
+        lines.append(f"but          {plan.caveat}")
     lines += [
-        "",
         f"fits         {verdict}",
         f"step         {plan.step_seconds:.4g} s at least, {plan.tokens_per_second:,.0f} tokens/s, MFU "
         f"{100 * plan.mfu:.0f}% at most",

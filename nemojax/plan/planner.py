@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from nemojax.backends.hlo import Collective
 from nemojax.backends.topology import Compiled, Topology, compile_for
+from nemojax.model.attention import kernel_of
 from nemojax.plan.loads import held_bytes
 from nemojax.plan.programs import Program, Work, programs_of
 from nemojax.sharding import MeshConfig, make_mesh
@@ -69,6 +71,8 @@ class Plan:
     topology: Topology
     mesh: Mapping[str, int]
     parts: tuple[Part, ...]
+    attention: str = ""  # the kernel over packed rows; nothing for a step that only generates
+    caveat: str = ""  # why no stage would run it yet
 
     @property
     def room(self) -> int:
@@ -118,6 +122,8 @@ class Plan:
             "batch": self.work.batch,
             "context": self.work.context,
             "dtype": self.work.dtype,
+            "attention": self.attention,
+            "caveat": self.caveat,
             "parts": [part.to_json() for part in self.parts],
         }
 
@@ -138,12 +144,26 @@ def make_plan(work: Work, topology: Topology, mesh: MeshConfig) -> Plan:
     placed = plan_mesh(mesh, topology)
     with jax.set_mesh(placed):
         programs = programs_of(work, placed)
+        kernel = kernel_of(work.context, work.arch.head_dim, work.compute.dtype)
     parts = tuple(_compiled(program, work, topology, placed) for program in programs)
-    return Plan(work, topology, dict(placed.shape), parts)
+    kernel = "" if work.step == "generate" else kernel
+    return Plan(work, topology, dict(placed.shape), parts, kernel, _caveat(work, placed))
+
+
+def _caveat(work: Work, mesh: Mesh) -> str:
+    groups = mesh.devices.reshape(-1, math.prod(mesh.shape[axis] for axis in mesh.axis_names[-2:]))
+    if any(len({device.process_index for device in group}) > 1 for group in groups):
+        return (
+            "a row is shared by devices of several hosts, and no stage reads rows so: keep tensor x context "
+            "within a host"
+        )
+    if work.step in ("generate", "rl") and len({d.process_index for d in mesh.devices.flat}) > 1:
+        return f"{work.step} runs on one host"
+    return ""
 
 
 def plan_mesh(config: MeshConfig, topology: Topology) -> Mesh:
-    return make_mesh(config, topology.devices)
+    return make_mesh(config, topology.devices, planned=True)
 
 
 def _compiled(program: Program, work: Work, topology: Topology, mesh: Mesh) -> Part:

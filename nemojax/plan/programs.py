@@ -224,9 +224,10 @@ def _generation(
 ) -> list[Program]:
     """One token for every slot behind `cached` ones, and a chunk of a prompt read into an empty slot."""
     arch, compute, shares = work.arch, work.compute, Shares.of(mesh)
-    params = abstract_params(work.arch, mesh, compute.dtype)
-    prepared = jax.eval_shape(lambda p: programs.prepare(p, compute, mesh)[0], params)
-    weights = _placed(prepared, shardings_like(prepared, params))
+    weights = abstract_params(work.arch, mesh, compute.dtype)
+    if compute.matmul == "fp8":
+        places = llama.quantized_shardings(jax.tree.map(lambda w: w.sharding, weights))
+        weights = _placed(jax.eval_shape(llama.quantize, weights), places)
     cache = jax.eval_shape(partial(init_cache, work.arch, slots, work.context, jnp.dtype(compute.dtype)))
     cache = _over(mesh, cache, None, "batch", "kv_heads")
     state, how = programs.State(cache, None), programs.How(work.arch, replace(compute, remat="none"), steps=8)

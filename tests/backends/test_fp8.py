@@ -1,5 +1,7 @@
 """Matmuls of eight bits: exact on what eight bits can say, close on the rest, and kept in a byte a weight."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -59,7 +61,7 @@ def test_products_are_those_of_the_rounded_operands(form, dtype):
     inputs, out = form.split("->")
     x_dims, w_dims = inputs.split(",")
     x8, w8, g8 = rounded(x), rounded(w), rounded(g, E5M2)
-    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=1e-2, atol=1e-2)
+    tolerance: Any = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=1e-2, atol=1e-2)
     dx, dw = back(g)
     assert (value.dtype, dx.dtype, dw.dtype) == (jnp.dtype(dtype), jnp.dtype(dtype), jnp.float32)
     np.testing.assert_allclose(value.astype(jnp.float32), np.einsum(form, x8, w8), **tolerance)
@@ -165,7 +167,7 @@ def test_generation_with_kept_weights(params):
         row[: len(prompt) + 16] = prompt + done.tokens
     kept = llama.quantize(params)
     logps = np.asarray(
-        jax.nn.log_softmax(jax.jit(lambda p: llama.apply(p, ARCH, {"tokens": tokens})[0])(kept))
+        jax.nn.log_softmax(jax.jit(lambda p: llama.apply(p, ARCH, {"tokens": jnp.asarray(tokens)})[0])(kept))
     )
     off = []
     for row, logp, prompt, done in zip(tokens, logps, prompts, together, strict=True):

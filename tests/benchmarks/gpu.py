@@ -37,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 # bytes a second of a chip's memory, by its data sheet
 BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA B200": 7.7e12}
-SHAPE = {"vocab_size": 128256, "dim": 4096, "num_heads": 32, "num_kv_heads": 8, "ffn_width": 14336}
-TINY = {"vocab_size": 512, "dim": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 128}
+SHAPE: dict[str, Any] = {"vocab_size": 128256, "dim": 4096, "num_heads": 32, "num_kv_heads": 8}
+SHAPE |= {"ffn_width": 14336}
+TINY: dict[str, Any] = {"vocab_size": 512, "dim": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 128}
 LAYERS, CAPACITY, NEW, ROWS = 32, 2048, 64, (1, 8, 64)
 STATE_BYTES = 16  # of a weight in training: itself, two moments and its gradient, f32
 KEEP = 0.75  # of the memory for them; the rest is for activations and chunks of logits
@@ -300,7 +301,7 @@ def attention_seconds(arch: Any, kernel: Any, rows: int, length: int, rounds: in
     ctx = make_context(arch, positions, None if kernel == "cudnn" else jnp.ones_like(positions), kernel)
 
     def both(q: Any, k: Any, v: Any, d: Any) -> Any:
-        out, vjp = jax.vjp(lambda *a: attend_packed(*a, ctx, spec), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: attend_packed(q, k, v, ctx, spec), q, k, v)
         return out, vjp(d)
 
     program = program_of(both, *arrays)
