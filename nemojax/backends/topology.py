@@ -257,7 +257,7 @@ def _describe(*names: str, **how: Any) -> Sequence[Any]:
 
 def _target_config(chip: Chip) -> str:
     """What XLA's GPU compiler wants to know of a device, as a text protocol buffer."""
-    target = dict(chip.target)
+    target = dict(chip.target or {})
     major, minor = target.pop("compute_capability")
     facts = {
         "threads_per_block_limit": 1024,

@@ -8,7 +8,7 @@ A process of its own, because plugin and compiler flags are read when jax starts
 import json
 import re
 
-from tests.benchmarks.vocab_loss import TARGET, prepare
+from tests.benchmarks.vocab_loss import prepare
 
 F8 = "__cublas$lt$matmul$f8"
 
@@ -37,9 +37,9 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
 
     from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, SwiGLU
+    from nemojax.backends.topology import open_topology
     from nemojax.generate import programs
     from nemojax.generate.sampling import SamplingConfig
     from nemojax.model import llama
@@ -49,7 +49,7 @@ def main() -> None:
     from nemojax.train import TrainState, lm_loss, make_step
     from tests.backends.test_tpu_compile import abstract, abstract_batch
 
-    chips = topologies.get_topology_desc("h100", platform="cuda", target_config=TARGET, topology="1x1x4")
+    chips = open_topology("h100:4")
     one = jax.sharding.SingleDeviceSharding(chips.devices[0])
     blocks = (
         *(BlockSpec(Attention(4), SwiGLU(512)),) * 2,

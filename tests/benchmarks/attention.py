@@ -14,7 +14,6 @@ wanted `nvidia-cudnn-cu12`, and `tokamax` with what it needs.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -23,33 +22,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+from tests.benchmarks import vocab_loss  # noqa: E402 (imports nothing heavy)
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "H100": "h100:1"}
 KERNELS = {"tpu": ("blockwise", "splash"), "cuda": ("blockwise", "tokamax", "cudnn")}
 HEADS, KV_HEADS, DIM, FFN = 32, 8, 4096, 14336
 
 
-def prepare() -> None:
-    """Sets what the compilers read when they are loaded, before jax is."""
-    from tests.benchmarks import vocab_loss
-
-    sys.path.extend(os.environ.get("NEMOJAX_CUDA_PLUGINS", "").split(os.pathsep))
-    vocab_loss.prepare()
-
-
 def mesh_of(target: str) -> Any:
     """One device of a target."""
-    from jax.experimental import topologies
-
+    from nemojax.backends.topology import open_topology
     from nemojax.sharding import MeshConfig, make_mesh
-    from tests.benchmarks.vocab_loss import TARGET
 
-    if target in TOPOLOGIES:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
-    else:
-        topology = topologies.get_topology_desc(
-            "h100", platform="cuda", target_config=TARGET, topology="1x1x1"
-        )
-    return make_mesh(MeshConfig(), topology.devices[:1])
+    return make_mesh(MeshConfig(), open_topology(TOPOLOGIES[target]).devices[:1])
 
 
 def compiled(kernel: str, mesh: Any, length: int, layers: int, vocab: int) -> Any:
@@ -114,11 +99,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=128256)
     args = parser.parse_args()
-    prepare()
+    vocab_loss.prepare()
     for target in args.targets.split(","):
         print(target, flush=True)
         mesh = mesh_of(target)
-        for kernel in KERNELS["tpu" if target in TOPOLOGIES else "cuda"]:
+        for kernel in KERNELS["cuda" if target == "H100" else "tpu"]:
             start = time.perf_counter()
             try:
                 program = compiled(kernel, mesh, args.length, args.layers, args.vocab)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemojax.backends.chips import measured_cpu_peak
+from nemojax.backends.chips import measured_cpu_bandwidth, measured_cpu_peak
 from nemojax.data.examples import Example
 from nemojax.data.packing import row_per_example
 from nemojax.generate import programs
@@ -27,19 +27,6 @@ from nemojax.rl.loss import policy_logps
 from tests.benchmarks import model
 
 PROMPT, NEW, REPEATS = 16, 64, 9
-
-
-def bandwidth(size: int = 1 << 26) -> float:
-    """Bytes a second of reading f32 numbers that no cache holds, the best of five."""
-    total = jax.jit(lambda x: x.reshape(64, -1).sum(1))
-    x = jnp.ones(size, jnp.float32)
-    total(x).block_until_ready()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        total(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 4 * size / best
 
 
 def step_seconds(rows: int) -> float:
@@ -79,7 +66,7 @@ def drift(dtype: str) -> tuple[float, float]:
 def main() -> None:
     arch = model.our_arch(PROMPT + NEW)
     weights = 4 * (arch.num_block_params() + arch.vocab_size * arch.dim)
-    peak, moved = measured_cpu_peak(), bandwidth()
+    peak, moved = measured_cpu_peak(), measured_cpu_bandwidth()
     print(f"measured: {moved / 1e9:.1f} GB/s, {peak / 1e9:.0f} GFLOP/s")
     for rows in (1, 8, 32):
         seconds = step_seconds(rows)

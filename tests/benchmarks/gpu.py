@@ -35,8 +35,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-# bytes a second of a chip's memory, by its data sheet
-BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA B200": 7.7e12}
 SHAPE: dict[str, Any] = {"vocab_size": 128256, "dim": 4096, "num_heads": 32, "num_kv_heads": 8}
 SHAPE |= {"ffn_width": 14336}
 TINY: dict[str, Any] = {"vocab_size": 512, "dim": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 128}
@@ -208,16 +206,16 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from nemojax.backends.chips import chip_of
     from nemojax.generate import programs
     from nemojax.model.llama import Compute, init_params
-    from tests.benchmarks.decode import bandwidth
 
     arch, keys = arch_of(args, args.layers or (2 if args.tiny else LAYERS)), capacity(args)
     compute = Compute(dtype="bfloat16")
     make = jax.jit(functools.partial(init_params, arch, dtype=jnp.bfloat16))
     params, split = programs.prepare(make(jax.random.key(0)), compute, None)
-    device = jax.devices()[0]
-    moved = BANDWIDTH.get(device.device_kind) or (bandwidth() if device.platform == "cpu" else None)
+    chip = chip_of(jax.devices()[0])
+    moved = chip and chip.hbm_bandwidth
     weights = 2 * (arch.num_block_params() + arch.vocab_size * arch.dim)
     result: dict[str, Any] = {"layers": arch.num_layers, "positions": keys, "bandwidth": moved}
     for rows in ROWS:

@@ -22,78 +22,30 @@ its own over chunks whose logits are made again in the backward pass.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-V5P, H100 = "v5p", "H100"
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  driver_version: "13.0.0"
-  runtime_version: "12.8.0"
-  compile_time_toolkit_version: "12.8.0"
-  dnn_version: "9.10.0"
-  name: "NVIDIA H100 80GB HBM3"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+TARGETS = {"v5p": "v5p:2x2x1", "H100": "h100:1"}
 
 
-def prepare() -> list[str]:
-    """Sets what the compilers read when they are loaded, before jax is; returns the targets there are."""
-    found = []
+def prepare() -> None:
+    """Sets what JAX and the compilers read when they are loaded; call it before jax is."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    libtpu = os.environ.get("NEMOJAX_LIBTPU")
-    if libtpu:
-        os.environ["TPU_LIBRARY_PATH"] = f"{libtpu}/libtpu/libtpu.so"
-    if libtpu or importlib.util.find_spec("libtpu"):
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_ACCELERATOR_TYPE": "v5p-8",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-        }
-        found.append(V5P)
-    if plugins := os.environ.get("NEMOJAX_CUDA_PLUGINS"):
-        sys.path.append(plugins)
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        # without a device the compiler cannot try which kernel is best, and would write each product itself
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
-        found.append(H100)
-    return found
+    # without a device the compiler cannot try which kernel is best, and would write each product itself
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false"
 
 
 def device_of(target: str) -> Any:
-    from jax.experimental import topologies
+    """A device that is not there; None, with a line that says why, without its compiler."""
+    from nemojax.backends.topology import open_topology
 
-    if target == V5P:
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
-    return topologies.get_topology_desc(
-        "h100", platform="cuda", target_config=TARGET, topology="1x1x1"
-    ).devices[0]
+    try:
+        return open_topology(TARGETS[target]).devices[0]
+    except ValueError as error:
+        print(f"  left out: {error}")
+        return None
 
 
 def losses(chunk: int) -> dict[str, Callable[..., Any]]:
@@ -151,9 +103,11 @@ def main() -> None:
     parser.add_argument("--heads", default="bfloat16,float32", help="dtypes of the student's output matrix")
     args = parser.parse_args()
     sizes = {"length": args.length, "dim": args.dim, "vocab": args.vocab}
-    for target in prepare() or ["no target: name NEMOJAX_LIBTPU or NEMOJAX_CUDA_PLUGINS"]:
+    prepare()
+    for target in TARGETS:
         print(target, flush=True)
-        device = device_of(target)
+        if (device := device_of(target)) is None:
+            continue
         for head in args.heads.split(","):
             base = 0
             for chunk in (int(c) for c in args.chunks.split(",")):
