@@ -59,7 +59,7 @@ LEFT=$N
 while [ "$LEFT" -gt 0 ]; do
   for i in "${!PIDS[@]}"; do
     [ -z "${CODES[i]}" ] && ! kill -0 "${PIDS[i]}" 2> /dev/null || continue
-    wait "${PIDS[i]}" 2> /dev/null # what bash says of a signal is said below
+    wait "${PIDS[i]}"
     CODES[i]=$? LEFT=$((LEFT - 1))
     case "${CODES[i]}" in
       0 | 75) ;;
@@ -70,7 +70,7 @@ while [ "$LEFT" -gt 0 ]; do
   done
   [ -z "$FAILED" ] || [ $((SECONDS - SINCE)) -lt "$GRACE" ] || signal_all KILL
   [ "$LEFT" -eq 0 ] || sleep 0.1
-done
+done 2> /dev/null # what bash has to say of a signal is said below
 
 if [ -n "$FAILED" ]; then
   CODE="${CODES[FAILED]}"

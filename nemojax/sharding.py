@@ -39,7 +39,7 @@ REPLICATED_WHEN_UNEVEN = frozenset({"kv_heads"})
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = field(1, "devices along the data axis (parameters replicated, optimiser moments sharded)")
+    data: int = field(1, "devices along the data axis (parameters replicated)")
     fsdp: int = field(-1, "devices along the fsdp axis (parameters sharded); -1 takes what is left")
     context: int = field(1, "devices along the context axis (positions of a row split)")
     tensor: int = field(1, "devices along the tensor axis (heads, channels and vocabulary split)")
@@ -208,13 +208,13 @@ def logical_sizes(logical: Mapping[str, Any], abstract: Mapping[str, Any]) -> di
     return sizes
 
 
-def shardings_like(tree: Any, params: Any) -> Any:
+def shardings_like(tree: Any, params: Any, *, over_data: bool = False) -> Any:
     """A sharding for every leaf of a tree that repeats parameters, such as an optimiser state.
 
-    A leaf goes where the parameter does whose path ends its own and whose shape it has, and is split over
-    the data axis besides: a device updates its part of what `data` replicates, and the parts are gathered
-    (ZeRO-1, arXiv:1910.02054, section 5.1). Any other leaf goes to all devices. None where the parameters
-    are on no mesh.
+    A leaf goes where the parameter does whose path ends its own and whose shape it has, any other leaf to
+    all devices. None where the parameters are on no mesh. over_data: such a leaf is split over the data axis
+    besides (ZeRO-1, arXiv:1910.02054, section 5.1). Then hold the gradients to the shardings of their
+    parameters, or the partitioner takes that split back into the activations.
     """
     placed = {
         path: leaf
@@ -228,7 +228,9 @@ def shardings_like(tree: Any, params: Any) -> Any:
     def one(path: tuple, leaf: Any) -> NamedSharding:
         ends = (placed.get(path[i:]) for i in range(len(path)))
         found = next((p.sharding for p in ends if p is not None and p.shape == leaf.shape), None)
-        return _over_data(found, leaf.shape) if found else replicated
+        if found is None:
+            return replicated
+        return _over_data(found, leaf.shape) if over_data else found
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
