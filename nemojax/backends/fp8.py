@@ -111,8 +111,8 @@ def _product(
 ) -> jax.Array:
     """An einsum of two arrays with a scale each, summed up in `out_dtype`; without FP8 units, in `dtype`.
 
-    XLA would rewrite operands that are widened before the product to an FP8 call too, but not one that
-    several products share, as q, k and v do. So the product itself is written in FP8 for CUDA.
+    XLA would rewrite operands that are widened before the product to an FP8 call too, but not where it first
+    merges products that share an operand, as those of q, k and v. So for CUDA the product itself is in FP8.
     """
 
     def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
