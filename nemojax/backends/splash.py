@@ -41,7 +41,14 @@ def attend_splash(
     q_BTNH, k_BTKH, v_BTKH, segments_BT = fill_rows((q_BTNH, k_BTKH, v_BTKH, segments_BT), full)
     kernel = splash.make_splash_mha(
         mask=splash.MultiHeadMask([_Band(full, window)] * heads),
-        block_sizes=BlockSizes(*(block,) * 8),
+        block_sizes=BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=SAVED,

@@ -166,28 +166,36 @@ def test_chips_that_share_a_row_share_its_memory(chips):
     assert needed[4] < 0.65 * needed[2] < length * length
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2, "tensor": 2}], ids=str)
-def test_long_rows_take_splash_attention(chips, monkeypatch, sizes):
-    """Forward and backward, also where rows and heads are split, in less memory than loops over blocks."""
-    blocks = (BlockSpec(Attention(4), SwiGLU(1024)), BlockSpec(Attention(1, window=500), SwiGLU(1024)))
-    arch, length, tx = ARCH.replace(context=2048, blocks=blocks), 2048, make_optimizer(OptimConfig(), 100)
-    mesh = make_mesh(MeshConfig(**sizes), chips[: math.prod(sizes.values())])
-    arguments = train_state(mesh, tx, arch), None, abstract_batch(mesh, 2, length, BATCH_AXES, None)
-    needed = {}
-    for kernel in ("splash", "blockwise"):
-        if kernel == "blockwise":
-            monkeypatch.setattr(attention, "attention_kernel", lambda *_, **__: "blockwise")
-        step = make_step(lm_loss(arch, llama.Compute("bfloat16", remat="full"), chunk=256), tx)
-        with jax.set_mesh(mesh):
-            assert attention.kernel_of(length, arch.head_dim, jnp.bfloat16) == kernel
-            lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
-        compiled = lowered.compile(compiler_options=dict(tpu.COMPILER_OPTIONS))
-        memory: Any = compiled.memory_analysis()
-        needed[kernel], text = memory.temp_size_in_bytes, compiled.as_text() or ""
-        parts = {part for part in ("fwd", "dq", "dkv") if f"splash_mha_{part}_segmented" in text}
-        assert ("tpu_custom_call" in text) == (kernel == "splash") == bool(parts)
-        assert len(parts) in (0, 3)
-    assert needed["splash"] < needed["blockwise"], needed
+def long_step(mesh: jax.sharding.Mesh) -> Any:
+    """A training step over rows of 2,048 tokens, compiled with the options of `backends/tpu.py`."""
+    arch = ARCH.replace(context=2048, blocks=(BlockSpec(Attention(2), SwiGLU(1024)),) * 2)
+    tx, compute = make_optimizer(OptimConfig(), 100), llama.Compute("bfloat16", remat="dots")
+    arguments = train_state(mesh, tx, arch), None, abstract_batch(mesh, 2, 2048, BATCH_AXES, None)
+    step = make_step(lm_loss(arch, compute, chunk=256), tx)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
+    return lowered.compile(compiler_options=dict(tpu.COMPILER_OPTIONS))
+
+
+def kernels_of(compiled: Any) -> list[str]:
+    calls = [line for line in compiled.as_text().splitlines() if '"tpu_custom_call"' in line]
+    return sorted(name[0] for line in calls if (name := re.findall(r"splash_mha_(\w+?)_segmented", line)))
+
+
+def test_long_rows_take_splash_attention(chips, monkeypatch):
+    """Forward once, which rematerialisation keeps, and backward; in less memory than loops over blocks."""
+    one = make_mesh(MeshConfig(), chips[:1])
+    splash = long_step(one)
+    assert kernels_of(splash) == ["dkv", "dq", "fwd"]
+    monkeypatch.setattr(attention, "attention_kernel", lambda *_, **__: "blockwise")
+    blockwise = long_step(one)
+    assert not kernels_of(blockwise)
+    needed = [p.memory_analysis().temp_size_in_bytes for p in (splash, blockwise)]
+    assert needed[0] < needed[1], needed
+
+
+def test_splash_attention_where_rows_and_heads_are_split(mesh):
+    assert kernels_of(long_step(mesh)) == ["dkv", "dq", "fwd"]
 
 
 def test_a_decoding_step(mesh):
