@@ -5,7 +5,7 @@ arXiv:2209.05433).
 bf16 as in f32. So for an H100 a product is one FP8 call of cuBLASLt (to which sharded operands are gathered
 as FP8), where there is no FP8 unit the same numbers are multiplied in bf16 or f32, and results agree up to
 the order of sums. A scale that is no power of two would use the range better, by a factor of two at most,
-which a floating-point format does not notice: only what is below 1/28,672 of the largest magnitude is rounded
+which a floating-point format does not notice: only what is below 1/14,336 of the largest magnitude is rounded
 more coarsely (DeepSeek-V3 restricts scales of activations likewise, arXiv:2412.19437, section 3.3.2).
 
 **Training scales per tensor, by the tensor's own largest magnitude ("current").** The alternative, "delayed"
@@ -87,7 +87,7 @@ def _forward(x: jax.Array, w: jax.Array, subscripts: str, dtypes: _Dtypes):
 def _backward(subscripts: str, dtypes: _Dtypes, saved: tuple[Quantized, Quantized], g: jax.Array):
     (x8, w8), g8 = saved, quantize(g, E5M2)
     x_form, w_form = gradient_forms(subscripts)
-    # "highest" has cuBLASLt add up in f32; by default it keeps some 14 bits of a sum, too few for gradients
+    # as in Flax: no fast accumulation of cuBLASLt, which keeps some 14 bits of a sum, for gradients
     exactly = jax.lax.Precision.HIGHEST
     dx = _product(x_form, g8, w8, dtypes.x, dtypes.x, exactly)
     return dx, _product(w_form, x8, g8, dtypes.x, dtypes.w, exactly)

@@ -2,9 +2,9 @@
 
 Symmetric: every token of the activations and every output channel of the weight is divided by its largest
 magnitude / 127 and rounded; the sums are exact int32. Backwards both products are those of the operands
-before they were rounded, in the dtype of the activations, as if rounding had slope one ("AQT" trains so;
-Jacob et al., 2018, arXiv:1712.05877, section 3): gradients, whose magnitudes spread over many powers of
-two, are what int8 serves worst.
+before they were rounded, in the dtype of the activations, as if rounding had slope one (Jacob et al., 2018,
+arXiv:1712.05877, section 3): gradients, whose magnitudes spread over many powers of two, are what int8 serves
+worst.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ A process of its own, because plugin and compiler flags are read when jax starts
 """
 
 import json
-import os
 import re
 
 from tests.benchmarks.vocab_loss import prepare
@@ -34,8 +33,6 @@ def gathered(text: str) -> list[str]:
 
 
 def main() -> None:
-    # products that share an operand would be merged to one call, as of q, k and v: here each has its own
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_dot_merger_threshold_mb=0"
     prepare()
     import jax
     import jax.numpy as jnp
