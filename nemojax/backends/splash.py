@@ -69,8 +69,8 @@ class _Band(splash.LocalMask):
     def __getitem__(self, idx) -> np.ndarray:
         """Whether each query of a block sees each key: one element where that is the same for all.
 
-        The kernel is told about all pairs of blocks; looking at each of their elements takes a minute for
-        128K positions.
+        JAX asks about every pair of blocks before it compiles; to look at each of their elements takes
+        seconds for 32K positions, and grows with the square.
         """
         queries, keys = idx
         farthest, nearest = queries.stop - 1 - keys.start, queries.start - (keys.stop - 1)
