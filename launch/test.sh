@@ -22,6 +22,14 @@ if [ -n "$ALL" ]; then
   if prepare libtpu --target .venv-libtpu --upgrade --no-deps libtpu; then
     export NEMOJAX_LIBTPU="$PWD/.venv-libtpu"
   fi
+  # likewise GPU programs, by jax's CUDA plugin (478 MB); no CUDA is needed, and no GPU
+  if prepare cuda --target .venv-cuda --upgrade --no-deps jax-cuda12-plugin jax-cuda12-pjrt; then
+    export NEMOJAX_CUDA_PLUGINS="$PWD/.venv-cuda"
+  fi
+  # FP8 exports are read by transformers with this
+  if prepare compressed-tensors --target .venv-compressed --upgrade --no-deps compressed-tensors loguru psutil; then
+    export NEMOJAX_COMPRESSED_TENSORS="$PWD/.venv-compressed"
+  fi
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 

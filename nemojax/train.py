@@ -22,6 +22,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from nemojax.arch import ArchSpec
+from nemojax.backends.kernels import machine
 from nemojax.backends.speed import Clock
 from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints
@@ -35,7 +36,7 @@ from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import place_batch, use_mesh
+from nemojax.sharding import place_batch, platform, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -244,6 +245,7 @@ class _Loop:
             make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay),
             donate_argnums=0,
             out_shardings=(self._places(), None),
+            compiler_options=dict(machine(platform()).COMPILER_OPTIONS) or None,
         )
         log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()
         log.truncate(done)

@@ -230,7 +230,7 @@ def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
         raise ValueError(
             f"topology: {chip.name}: expected up to {host} GPUs or a multiple of it, got {count}"
         )
-    if folder := os.environ.get(CUDA_PLUGINS):
+    for folder in filter(None, os.environ.get(CUDA_PLUGINS, "").split(os.pathsep)):
         if folder not in sys.path:
             sys.path.append(folder)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

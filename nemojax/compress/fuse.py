@@ -36,7 +36,7 @@ from nemojax.losses.hidden import cosine_distance
 from nemojax.model.attention import make_context
 from nemojax.model.block import apply_block
 from nemojax.model.layout import run_name, stack, unstack
-from nemojax.model.llama import Compute, embed
+from nemojax.model.llama import Compute, embed, exact_matmuls
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.stage import read_json, run_stage, write_json, write_text
 
@@ -83,6 +83,7 @@ class Config:
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Fuses in `workdir`, which becomes the artifact; returns what was fused, and before and after: blocks
     one after the other, held-out loss (nats a token) and latency. Also dependency.json and dependency.svg."""
+    exact_matmuls(cfg.compute, "fuse")
     inputs = [cfg.model, *input_files((*cfg.data.sources, *cfg.data.heldout))]
     return run_stage("fuse", cfg, workdir, inputs, lambda path: _fuse(cfg, path))
 

@@ -40,7 +40,7 @@ from nemojax.data.mixture import TextData, heldout_batches, train_batches
 from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import check_vocab, copy_tokenizer, load_tokenizer
 from nemojax.evaluate.perplexity import heldout_loss
-from nemojax.model.llama import Compute, param_shardings
+from nemojax.model.llama import Compute, exact_matmuls, param_shardings
 from nemojax.sharding import MeshConfig, make_mesh, use_mesh
 from nemojax.stage import run_stage
 
@@ -88,6 +88,7 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Prunes in `workdir`, which becomes the child's artifact; returns sizes and held-out losses (nats)."""
+    exact_matmuls(cfg.compute, "prune")
     inputs = [cfg.parent, *input_files((*cfg.data.sources, *cfg.data.heldout))]
     return run_stage("prune", cfg, workdir, inputs, lambda path: _run(cfg, path))
 

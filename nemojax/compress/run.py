@@ -36,7 +36,7 @@ from nemojax.data.packing import Batch
 from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.hosts import on_primary
-from nemojax.model.llama import Compute
+from nemojax.model.llama import Compute, exact_matmuls
 from nemojax.rewards.problems import ProblemSet, load_problems
 from nemojax.sharding import MeshConfig, make_mesh, whole_rows
 from nemojax.stage import read_json, run_stage, start_artifact, write_json, write_text
@@ -70,6 +70,7 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Compresses in `workdir`, which becomes the child's artifact; returns sizes, score and timings (s)."""
+    exact_matmuls(cfg.compute, "compress")
     inputs = [cfg.parent, *input_files(cfg.data.sources)]
     return run_stage("compress", cfg, workdir, inputs, lambda path: _compress(cfg, path), many_processes=True)
 

@@ -83,8 +83,9 @@ class Teachers:
         return distill_loss(student, teachers, weights, compute, chunk)
 
     def compute(self, student: Compute) -> Compute:
-        """How the teachers compute beside a student: nothing is kept for a backward pass."""
-        return replace(student, dtype=self.cfg.compute or student.dtype, remat="none")
+        """How the teachers compute beside a student: without a backward pass, and never in eight bits."""
+        dtype = self.cfg.compute or student.dtype
+        return replace(student, dtype=dtype, remat="none", matmul="default")
 
     def _load(self, path: str, arch: ArchSpec, mesh: Mesh | None) -> Params:
         dtype = self.cfg.dtype or None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Run
 from nemojax.backends import fp8
+from nemojax.backends.kernels import Asked
 from nemojax.backends.matmul import Kind, matmul
 from nemojax.config import field
 from nemojax.model.attention import Context, make_context
@@ -52,6 +53,17 @@ class Compute:
     matmul: Kind = field(
         "default", "matmuls of block weights: in dtype, in fp8 (H100 on), or forwards in int8 (TPU v5e, v6e)"
     )
+    attention: Asked = field(
+        "auto", "kernel of attention over packed rows; auto: the best that can serve them"
+    )
+
+
+def exact_matmuls(compute: Compute, stage: str) -> None:
+    """ValueError where a stage that runs blocks one by one is asked for matmuls of eight bits."""
+    if compute.matmul != "default":
+        raise ValueError(
+            f"compute.matmul: expected default for {stage}, which compares blocks, got {compute.matmul}"
+        )
 
 
 def init_params(arch: ArchSpec, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -174,6 +186,8 @@ def apply_blocks(
     `ctx.positions_BT`; their keys and values are written there. `params` may be split by layer
     (`layout.split_layers`), a cache then is too.
     """
+    if compute.attention != "auto":
+        ctx = replace(ctx, kernel=compute.attention)
     stop = arch.num_layers if stop is None else stop
     sources = {t: _last_real_layer(arch, t, start) if isinstance(t, int) else t for t in taps}
     outputs: dict[Tap | None, jax.Array] = {None: h_BTD}

@@ -205,7 +205,7 @@ def _distill(work: Work, mesh: Mesh) -> list[Program]:
     weights = DistillWeights(
         **{"kl": 0.0, "cosine": 0.0} | {term: 1.0 for term in work.training.terms}  # pyright: ignore
     )
-    compute = replace(work.compute, remat="none")
+    compute = replace(work.compute, remat="none", matmul="default")
     teacher = Teacher(work.teacher, compute=compute)
     loss = distill_loss(work.arch, [teacher], weights, work.compute, work.training.loss_chunk)
     frozen = abstract_params(work.teacher, mesh, compute.dtype)

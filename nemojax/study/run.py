@@ -36,7 +36,7 @@ from nemojax.data.mixture import TextData, train_batches
 from nemojax.data.sources import input_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.distill.losses import DistillWeights, distill_loss
-from nemojax.model.llama import Compute
+from nemojax.model.llama import Compute, exact_matmuls
 from nemojax.optim import OptimConfig
 from nemojax.rewards.problems import ProblemSet
 from nemojax.stage import read_json, run_stage, write_json, write_text
@@ -100,6 +100,7 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Returns {"parent": row, "claims": [...]}; the rows are in rows.json, tables for people in table.md."""
+    exact_matmuls(cfg.compute, "study")
     inputs = [cfg.parent, *input_files((*cfg.data.sources, *cfg.data.heldout))]
     return run_stage("study", cfg, workdir, inputs, lambda path: _study(cfg, path))
 

@@ -224,3 +224,9 @@ def test_training_in_fp8_tracks_bf16():
     plain, fp8_ = (losses(kind, 500).reshape(10, 50).mean(1) for kind in ("default", "fp8"))
     assert plain[-1] < 0.6 * plain[0]
     np.testing.assert_allclose(fp8_, plain, rtol=0.01)
+
+
+def test_stages_that_run_blocks_alone_refuse_eight_bits():
+    llama.exact_matmuls(llama.Compute(), "prune")
+    with pytest.raises(ValueError, match="compute.matmul: expected default for prune.*got fp8"):
+        llama.exact_matmuls(llama.Compute(matmul="fp8"), "prune")

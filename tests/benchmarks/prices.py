@@ -4,9 +4,9 @@
     NEMOJAX_LIBTPU=DIR python tests/benchmarks/prices.py --compiled=v5e      # its compiler, and roofline:v5e
     python tests/benchmarks/prices.py --table=TABLE.json --arch=ARCH.json --plot=chips.svg
 
-The first two price the sub-blocks that a layer may become, at several shapes of requests, and print Spearman's
-rank correlation. The third takes a table with scores (of `nemojax compress`, or a study), prices its choices
-for each of `--chips`, and searches the child within `--ratio` of the parent's time there.
+The first two price the sub-blocks that a layer may become, at several shapes of requests, and print the
+rank correlation (Spearman). The third takes a table with scores (of `nemojax compress`, or a study), prices
+its choices for each of `--chips`, and searches the child within `--ratio` of the parent's time there.
 """
 
 from __future__ import annotations
