@@ -242,11 +242,14 @@ def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
             "pip install jax-cuda12-plugin and jax-cuda12-pjrt in jax's version (or 'nemojax[cuda12]'), or "
             f"name a folder that has them in {CUDA_PLUGINS}"
         ) from error
-    if "cuda" not in jax._src.xla_bridge.backend_factories():  # pyright: ignore[reportAttributeAccessIssue]
-        plugin.initialize()
     hosts = max(1, count // host)
     grid = f"1x{hosts}x{min(count, host)}"
-    return _describe(chip.name, platform="cuda", topology=grid, target_config=_target_config(chip))
+    how = {"platform": "cuda", "topology": grid, "target_config": _target_config(chip)}
+    try:
+        return _describe(chip.name, **how)
+    except NotImplementedError:  # jax looked for plugins before the folder was named
+        plugin.initialize()
+        return _describe(chip.name, **how)
 
 
 def _describe(*names: str, **how: Any) -> Sequence[Any]:

@@ -9,7 +9,6 @@ Shape letters: B batch, T length, D model, V vocabulary, n layers of a run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -87,7 +86,8 @@ def init_params(arch: ArchSpec, key: jax.Array, dtype: Any = jnp.float32) -> Par
 
 def abstract_params(arch: ArchSpec, dtype: Any = jnp.float32) -> Params:
     """Shapes and dtypes of `init_params`, nothing allocated."""
-    return jax.eval_shape(functools.partial(init_params, arch, dtype=dtype), jax.random.key(0))
+    # the key is made inside: outside it would be computed, on devices that need not be there
+    return jax.eval_shape(lambda: init_params(arch, jax.random.key(0), dtype=dtype))
 
 
 def logical_axes(arch: ArchSpec) -> Params:

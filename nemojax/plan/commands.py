@@ -91,10 +91,11 @@ def table(plans: Sequence[Plan]) -> str:
 def as_text(plan: Plan, tokens: float | None, price: float | None) -> str:
     """A plan for people."""
     top, work = plan.topology, plan.work
-    mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
+    mesh = ", ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1)
+    mesh = f"{len(top.devices)} devices: {mesh}" if mesh else "one device"
     lines = [
         f"{work.step}, batch {work.batch}, context {work.context:,}, {work.dtype}, on {top.num_chips} "
-        f"{top.chip.name} ({len(top.devices)} devices: {mesh})"
+        f"{top.chip.name} ({mesh})"
     ]
     for part in plan.parts:
         lines += ["", f"{part.name}, {part.bytes / GIB:.2f} GiB a device"]

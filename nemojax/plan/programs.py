@@ -276,7 +276,7 @@ def _bld(work: Work, mesh: Mesh) -> list[Program]:
     optim = OptimConfig(weight_decay=0.0)
     tx = make_optimizer(optim, 1000)
     params = abstract_params(work.arch, mesh, work.compute.dtype)
-    one = jax.eval_shape(partial(init_block, work.arch, kind.block), jax.random.key(0))["ffn"]
+    one = jax.eval_shape(lambda: init_block(work.arch, kind.block, jax.random.key(0)))["ffn"]
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(layers), *x.shape), jnp.float32), one)
     axes = {name: (None, *a) for name, a in block_axes(work.arch, kind.block)["ffn"].items()}
     weights = {"ffn": _placed(stack, shardings_of(axes, stack, mesh))}
