@@ -89,7 +89,9 @@ def blocks_load(arch: ArchSpec, **how: Any) -> Load:
     return total
 
 
-def training_load(arch: ArchSpec, rows: float, length: int, *, remat: bool, weight_bytes: float = 2) -> Load:
+def training_load(
+    arch: ArchSpec, rows: float, length: float, *, remat: bool, weight_bytes: float = 2
+) -> Load:
     """A step's forward and backward passes over packed rows, the head at every position; `remat`: the blocks'
     forward pass twice. The optimiser is not in it."""
     blocks = blocks_load(arch, batch=rows, tokens=length, weight_bytes=weight_bytes)

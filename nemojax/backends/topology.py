@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from nemojax.backends.chips import Chip, chip_names, load_chip
 from nemojax.backends.hlo import Collective, collectives, kernels
@@ -98,7 +99,8 @@ def open_topology(name: str) -> Topology:
             f"topology: expected CHIP:SHAPE with a chip of {', '.join(known)}, such as v5p:4x4x4, "
             f"v6e:16x16*2 for two slices, h100:8 or cpu:8, got {name!r}"
         )
-    chip, dims, slices = load_chip(form[1]), tuple(int(n) for n in form[2].split("x")), int(form[3] or 1)
+    chip, slices = load_chip(form[1]), int(form[3] or 1)
+    dims: tuple[int, ...] = tuple(int(n) for n in form[2].split("x"))
     match chip.platform:
         case "tpu":
             devices = _tpu_devices(chip, form[2], slices, name)
@@ -297,7 +299,7 @@ def _target_config(chip: Chip) -> str:
 
 def _placed_bytes(leaf: Any) -> int:
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+    size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
     return math.prod(shape) * size
 
 

@@ -29,8 +29,8 @@ def stopwatch(dtype: str = "float32", repeats: int = 7) -> Prices:
         f"median of {repeats}, halves added"
     )
     return Prices(
-        lambda *what: _median_ms_of(sub_call(*what, dtype), repeats),
-        lambda *what: _median_ms_of(outer_call(*what, dtype), repeats),
+        lambda arch, part, sub, step: _median_ms_of(sub_call(arch, part, sub, step, dtype), repeats),
+        lambda arch, step: _median_ms_of(outer_call(arch, step, dtype), repeats),
         source,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec
@@ -78,7 +79,7 @@ def bytes_on_device(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
     return total
 

@@ -7,6 +7,7 @@ A process of its own, because plugin and compiler flags are read when jax starts
 
 import json
 import re
+from typing import Any
 
 from tests.benchmarks.vocab_loss import prepare
 
@@ -77,7 +78,8 @@ def main() -> None:
         n: jax.ShapeDtypeStruct((4, 128), jnp.int32) for n in ("tokens", "targets", "segments", "positions")
     }
     batch = on_one(ids | {"weights": jax.ShapeDtypeStruct((4, 128), jnp.float32)})
-    for kind, remat in ("default", "none"), ("fp8", "none"), ("fp8", "full"):
+    ways: Any = (("default", "none"), ("fp8", "none"), ("fp8", "full"))
+    for kind, remat in ways:
         compute = llama.Compute("bfloat16", remat=remat, matmul=kind)
         programs_of[f"train {kind} {remat}"] = train_program(arch, compute, on_one, batch)
 
@@ -103,7 +105,7 @@ def main() -> None:
         programs_of["sharded"] = grad.lower(weights, words).compile().as_text()
 
     report = {name: {"calls": calls(text), "gathered": gathered(text)} for name, text in programs_of.items()}
-    memory = decode.memory_analysis()
+    memory: Any = decode.memory_analysis()
     for name, tree in {"weights": kept, "cache": cache}.items():
         report["decode"][name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     report["decode"]["arguments"] = memory.argument_size_in_bytes

@@ -103,9 +103,10 @@ def inputs(kv_heads: int = KV_HEADS) -> list[jax.Array]:
     return [jax.random.normal(jax.random.key(i), (2, LENGTH, n, DIM)) for i, n in enumerate(heads)]
 
 
-def mask(window: int | None) -> np.ndarray:
+def mask(window: int | None) -> jax.Array:
     back_TS = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
-    return (back_TS >= 0) & (back_TS < (window or LENGTH)) & (SEGMENTS[:, :, None] == SEGMENTS[:, None])
+    same_BTS = SEGMENTS[:, :, None] == SEGMENTS[:, None]
+    return jnp.asarray((back_TS >= 0) & (back_TS < (window or LENGTH)) & same_BTS)
 
 
 @functools.partial(jax.jit, static_argnames="attend")

@@ -1,6 +1,7 @@
 """Facts of chips: every file is whole, and devices find theirs."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -28,13 +29,14 @@ def test_peaks_by_dtype():
 
 
 def test_devices_find_their_chip():
-    def found(platform: str, kind: str):
+    def found(platform: str, kind: str) -> Any:
         return chip_of(SimpleNamespace(platform=platform, device_kind=kind))
 
     assert found("tpu", "TPU v5 lite").name == "v5e"
     assert found("gpu", "NVIDIA H200").name == "h200"
     assert found("gpu", "NVIDIA T4") is None
-    assert chip_of(jax.devices()[0]).name == "cpu"
+    here: Any = chip_of(jax.devices()[0])
+    assert here.name == "cpu"
     assert peak_flops() == measured_cpu_peak() == load_chip("cpu").peak("float32")
 
 
