@@ -80,6 +80,8 @@ def test_what_is_said_of_a_plan(plan):
     assert 0 < out["mfu"] < 1
     axes = {tuple(c["axes"]) for c in out["parts"][0]["collectives"]}
     assert {("fsdp",), ("tensor",)} <= axes
+    # nothing goes between both: an activation that a device would hold for all rows
+    assert axes <= {("fsdp",), ("tensor",)}, axes
     text = as_text(plan, 1e9, 2.5)
     for word in (
         "parameters",
