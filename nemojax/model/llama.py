@@ -152,8 +152,8 @@ def head_weight(params: Mapping[str, Any]) -> jax.Array:
 def embed(params: Mapping[str, Any], tokens_BT: jax.Array, compute: Compute = Compute()) -> jax.Array:
     """Token embeddings [B, T, D].
 
-    On a mesh every device looks up what it has of the vocabulary, with whole rows of the table: were these split
-    as they are stored, the partitioner would gather the activations of all devices instead.
+    On a mesh every device looks up what it has of the vocabulary, in whole rows of the table: were these
+    split as they are stored, the partitioner would gather the activations of all devices instead.
     """
     w_VD = constrain(params["embed"]["weight"].astype(compute.dtype), "vocab", None)
     h_BTD = w_VD[tokens_BT]
