@@ -23,6 +23,8 @@ as `Quantized`: one byte a weight.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ from nemojax.backends.contract import absmax_along, contract, gradient_forms, sc
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 SAVED = "fp8_product"  # what rematerialisation calls a product, which it cannot see to be a dot
+MIN_ROWS = 16  # that cuBLASLt's FP8 takes; XLA widens the weights for fewer, as in decoding few sequences
 MAX_EXPONENT = 125  # of a scale, either way: it and its inverse are ordinary numbers of f32 and bf16
 
 
@@ -62,6 +65,17 @@ def quantize(a: jax.Array, dtype: Any = E4M3) -> Quantized:
     """Rounded to the nearest, with one scale for the whole array. Not finite: NaN there, or infinity."""
     scale = _scale(jnp.max(jnp.abs(a)).astype(jnp.float32), dtype)
     return Quantized(_divide(a, scale).astype(dtype), scale)
+
+
+def keep(w: jax.Array, summed: Sequence[int]) -> Quantized:
+    """A weight for `matmul_quantized`, its dimensions that are summed over last.
+
+    FP8 units read both operands along these; stored in another order, all weights would be turned round
+    beside themselves in every program, at twice the memory.
+    """
+    kept = quantize(w)
+    rest = [axis for axis in range(w.ndim) if axis not in summed]
+    return Quantized(kept.values.transpose(*rest, *summed), kept.scale)
 
 
 def matmul(subscripts: str, x: jax.Array, w: jax.Array, out_dtype: Any) -> jax.Array:
@@ -97,13 +111,17 @@ _matmul.defvjp(_forward, _backward)
 
 
 def matmul_quantized(subscripts: str, x: jax.Array, w: Quantized, out_dtype: Any) -> jax.Array:
-    """`jnp.einsum(subscripts, x, w)` of a weight kept in e4m3 and activations rounded to e4m3 per token.
+    """`jnp.einsum(subscripts, x, w)` of a weight as `keep` has it, and activations rounded to e4m3 per token.
 
     Forwards only.
     """
+    inputs, out = subscripts.split("->")
+    x_dims, w_dims = inputs.split(",")
+    stored = "".join(sorted(w_dims, key=lambda d: d not in out))  # what is summed over last
     scale = _scale(absmax_along(subscripts, x, 0), E4M3)
     rounded = Quantized(_divide(x, scale).astype(E4M3), jnp.float32(1))
-    return scale_result(subscripts, _product(subscripts, rounded, w, x.dtype, out_dtype), scale, 0)
+    y = _product(f"{x_dims},{stored}->{out}", rounded, w, x.dtype, out_dtype)
+    return scale_result(subscripts, y, scale, 0)
 
 
 def _product(
@@ -112,15 +130,23 @@ def _product(
     """An einsum of two arrays with a scale each, summed up in `out_dtype`; without FP8 units, in `dtype`.
 
     XLA would rewrite operands that are widened before the product to an FP8 call too, but not where it first
-    merges products that share an operand, as those of q, k and v. So for CUDA the product itself is in FP8.
+    merges products that share an operand, as those of q, k and v. So for CUDA the product itself is in FP8,
+    and where tokens are too few for such a call there are more, of zeros.
     """
 
     def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
-        return contract(subscripts, a, b, out_dtype, precision)
+        if subscripts[0] not in out:  # no tokens in the result: the gradient of a weight
+            return contract(subscripts, a, b, out_dtype, precision)
+        rows = a.shape[0]
+        others = math.prod(n for d, n in zip(subscripts, a.shape, strict=False) if d in out) // rows
+        more = max(0, -(-MIN_ROWS // others) - rows)
+        a = jnp.pad(a, [(0, more), *[(0, 0)] * (a.ndim - 1)]) if more else a
+        return contract(subscripts, a, b, out_dtype, precision)[:rows]
 
     def wide(a: jax.Array, b: jax.Array) -> jax.Array:
         return contract(subscripts, a.astype(dtype), b.astype(dtype), out_dtype)
 
+    out = subscripts.split("->")[1]
     y = jax.lax.platform_dependent(a.values, b.values, cuda=narrow, default=wide)
     return checkpoint_name(y * a.scale.astype(y.dtype) * b.scale.astype(y.dtype), SAVED)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ def quantize(params: Params) -> Params:
     """
 
     def layer(weights: Params) -> Params:
-        return _map_matrices(lambda w: w if isinstance(w, fp8.Quantized) else fp8.quantize(w), weights)
+        return _map_matrices(lambda w, a: w if isinstance(w, fp8.Quantized) else fp8.keep(w, a), weights)
 
     def run(weights: Any) -> Any:
         return tuple(map(layer, weights)) if isinstance(weights, tuple) else jax.vmap(layer)(weights)
@@ -130,16 +130,22 @@ def quantize(params: Params) -> Params:
 def quantized_shardings(shardings: Params) -> Params:
     """Of `quantize(params)`, from those of the parameters: the bytes as the weights, scales everywhere."""
 
-    def one(sharding: jax.sharding.NamedSharding) -> fp8.Quantized:
-        everywhere: Any = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        return fp8.Quantized(cast(Any, sharding), everywhere)
+    def one(sharding: jax.sharding.NamedSharding, summed: tuple[int, ...]) -> fp8.Quantized:
+        layers, *spec = sharding.spec
+        rest = [entry for axis, entry in enumerate(spec) if axis not in summed]
+        order = jax.sharding.PartitionSpec(layers, *rest, *(spec[axis] for axis in summed))
+        places: Any = [
+            jax.sharding.NamedSharding(sharding.mesh, p) for p in (order, jax.sharding.PartitionSpec())
+        ]
+        return fp8.Quantized(*places)
 
     return {**shardings, "runs": {name: _map_matrices(one, run) for name, run in shardings["runs"].items()}}
 
 
-def _map_matrices(one: Callable[[Any], Any], weights: Params) -> Params:
+def _map_matrices(one: Callable[[Any, tuple[int, ...]], Any], weights: Params) -> Params:
+    """`one(weight, its dimensions that are summed over)` of every matrix of a block."""
     return {
-        sub: {name: one(w) if AXES[name][1] else w for name, w in part.items()}
+        sub: {name: one(w, AXES[name][1]) if AXES[name][1] else w for name, w in part.items()}
         for sub, part in weights.items()
     }
 
