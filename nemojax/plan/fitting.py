@@ -30,6 +30,7 @@ class Change:
     work: Work
     topology: Topology
     mesh: MeshConfig
+    counted: bool = True  # whether `estimate` sees what it saves
 
 
 def what_fits(
@@ -38,7 +39,8 @@ def what_fits(
     """The smallest change with which the step fits, and its plan; None if `tries` compilations find none."""
     for change in _changes(plan, mesh):
         try:
-            if estimate(change.work, change.topology, change.mesh, plan) > plan.room:
+            needed = estimate(change.work, change.topology, change.mesh, plan)
+            if change.counted and needed > plan.room:
                 continue
             told(f"compiling with {change.words}")
             found = make_plan(change.work, change.topology, change.mesh)
@@ -91,15 +93,19 @@ def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
     ) -> Change:
         return Change(words, replace(work, **values), topology, mesh)
 
+    def other_training(words: str, **values: Any) -> Change:
+        training = replace(work.training, **values)
+        return Change(words, replace(work, training=training), plan.topology, mesh, counted=False)
+
     if work.step in ("train", "distill", "rl"):
         t = work.training
         if t.remat != "full":
-            yield change("remat=full", training=replace(t, remat="full"))
-        if t.loss_chunk == 0 or t.loss_chunk > 512:
-            yield change("loss_chunk=512", training=replace(t, loss_chunk=512))
+            yield other_training("remat=full", remat="full")
+        if min(t.loss_chunk or work.context, work.context) > 512:
+            yield other_training("loss_chunk=512", loss_chunk=512)
         if "cosine" in t.terms and work.step == "distill" and len(t.terms) > 1:
             terms = tuple(term for term in t.terms if term != "cosine")
-            yield change(f"terms={','.join(terms)}", training=replace(t, terms=terms))
+            yield other_training(f"terms={','.join(terms)}", terms=terms)
         for count in (t.accumulate * 2**i for i in range(1, 6)):
             if work.batch % count == 0:
                 yield change(f"accumulate={count}", training=replace(t, accumulate=count))

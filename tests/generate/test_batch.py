@@ -307,7 +307,7 @@ def test_one_writer_at_a_time(artifact, prompts, whole, tmp_path):
             "prompts.jsonl:1: seed: expected a number in [0, 2**32), got True",
         ),
         ('{"prompt": "a", "stop": [""]}\n', "prompts.jsonl:1: stop: expected texts that are not empty"),
-        ('{"prompt": "a", "stop": 3}\n', "prompts.jsonl:1: stop: expected"),
+        ('{"prompt": "a", "stop": 3}\n', "prompts.jsonl:1: stop.0: expected str, got 3"),
         ('{"prompt": "a", "top_logprobs": 21}\n', "prompts.jsonl:1: top_logprobs: expected 0 to 20, got 21"),
         ('{"prompt": "a", "thinking_budget": -1}\n', "prompts.jsonl:1: thinking_budget: expected 0 or more"),
         ('{"prompt": "a", "json_schema": "x"}\n', "prompts.jsonl:1: json_schema: expected"),
