@@ -107,7 +107,7 @@ def open_topology(name: str) -> Topology:
         case "gpu":
             if len(dims) > 1 or slices > 1:
                 raise ValueError(f"topology: expected a number of GPUs, such as {chip.name}:16, got {name!r}")
-            devices = _gpu_devices(chip, dims[0])
+            devices = _gpu_devices(chip, math.prod(dims))
         case "cpu":
             devices = jax.devices("cpu")
             if dims != (len(devices),) or slices > 1:

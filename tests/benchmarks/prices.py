@@ -45,7 +45,7 @@ def priced(source: str, dtype: str) -> np.ndarray:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     ranks = np.stack([np.argsort(np.argsort(x.ravel())) for x in (a, b)])
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def compare(one: str, other: str, dtype: str) -> None:
