@@ -159,7 +159,7 @@ def compile_for(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             line = " ".join(str(error).split())
-            size = sum(map(_placed_bytes, jax.tree.leaves(arguments)))
+            size = bytes_on_device(arguments)
             return Compiled(size, 0, 0, _asked_for(line), 0, time.perf_counter() - start, refused=line[:300])
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
@@ -297,10 +297,15 @@ def _target_config(chip: Chip) -> str:
     )
 
 
-def _placed_bytes(leaf: Any) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-    return math.prod(shape) * size
+def bytes_on_device(tree: Any) -> int:
+    """Of abstract, placed arrays, the largest part that one device has."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
+    return total
 
 
 def _asked_for(line: str) -> int:

@@ -18,6 +18,7 @@ from nemojax.backends.topology import Topology, compile_for, open_topology
 from nemojax.compress.cost import Prices, Step
 from nemojax.compress.stopwatch import Call, outer_call, stopwatch, sub_call
 from nemojax.compress.subblock import Part, Sub
+from nemojax.sharding import MeshConfig, make_mesh
 
 SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "7x": "2x2x1"}
 
@@ -53,7 +54,7 @@ def roofline_prices(chip_name: str, dtype: str) -> Prices:
 
 
 def compiled_prices(chip_name: str, dtype: str) -> Prices:
-    """What a TPU's compiler expects of each program; ValueError where it has no estimate for one."""
+    """What a TPU's compiler expects of each program; ValueError where it has no estimate for all of one."""
     topology = open_topology(f"{chip_name}:{SMALLEST[chip_name]}")
 
     def sub_ms(arch: ArchSpec, part: Part, sub: Sub, step: Step) -> float:
@@ -66,7 +67,7 @@ def compiled_prices(chip_name: str, dtype: str) -> Prices:
 
 
 def _estimate(topology: Topology, call: Call, what: str) -> float:
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("one",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = make_mesh(MeshConfig(), topology.devices[:1], planned=True)
     place = jax.NamedSharding(mesh, jax.P())
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(call.make)

@@ -181,16 +181,22 @@ def _before_jax(topology: str) -> None:
 
 def _work(options: Any, parser: Parser) -> Work:
     from nemojax.arch import load_arch
+    from nemojax.distill.losses import TERMS
     from nemojax.plan.programs import STEPS, Training, Work
 
     if options.step not in STEPS:
         parser.error(f"--step: expected one of {', '.join(STEPS)}, got {options.step!r}")
+    terms = tuple(options.terms.split(","))
+    if unknown := sorted(set(terms) - set(TERMS)):
+        parser.error(f"--terms: expected some of {', '.join(TERMS)}, got {unknown[0]!r}")
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", options.batches):
+        parser.error(f"--batches: expected whole numbers such as 64,128, got {options.batches!r}")
     training = Training(
         options.weights,
         options.remat,
         options.accumulate,
         options.loss_chunk,
-        tuple(options.terms.split(",")),
+        terms,
     )
     return Work(
         load_arch(options.arch),

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from nemojax.backends.topology import Topology, open_topology
-from nemojax.plan.loads import Shares, bytes_on_device
+from nemojax.backends.topology import Topology, bytes_on_device, open_topology
+from nemojax.plan.loads import Shares
 from nemojax.plan.planner import Plan, make_plan, plan_mesh, precision
 from nemojax.plan.programs import Work, programs_of
 from nemojax.sharding import AXES, MeshConfig

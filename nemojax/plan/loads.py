@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec
 from nemojax.backends.roofline import Load, blocks_load, head_load, outer_load, training_load
+from nemojax.backends.topology import bytes_on_device
 from nemojax.sharding import BATCH_AXES, RULES
 
 
@@ -71,17 +70,6 @@ class Shares:
 def optimiser_load(weights: Any, moments: Any) -> Load:
     """Weights, gradients and moments read and written once; the arithmetic counts for nothing."""
     return Load(0.0, 4 * bytes_on_device(weights) + 2 * bytes_on_device(moments))
-
-
-def bytes_on_device(tree: Any) -> int:
-    """Of abstract, placed arrays, the largest part that one device has."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)
-    return total
 
 
 def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from nemojax.arch import uniform
-from nemojax.backends.topology import Topology, open_topology
+from nemojax.backends.topology import Topology, bytes_on_device, open_topology
 from nemojax.checkpoints.training import init_state
 from nemojax.cli import main
 from nemojax.model import llama
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.plan.commands import as_text, table
 from nemojax.plan.fitting import estimate, meshes, sweep, what_fits
-from nemojax.plan.loads import bytes_on_device
 from nemojax.plan.planner import Plan, make_plan, plan_mesh
 from nemojax.plan.programs import STEPS, Training, Work, programs_of
 from nemojax.sharding import MeshConfig, place_batch, use_mesh
@@ -182,6 +181,8 @@ def test_a_sweep_puts_the_fastest_that_fits_first(here):
         (["--topology=cpu:8", "--step=distill"], "teacher: expected the architecture of a teacher"),
         (["--topology=cpu:8", "--context=999999"], "context: expected at most the model's 131072"),
         (["--topology=cpu:8", "--batch=9", "--context=64"], "batch: expected a multiple of 8"),
+        (["--topology=cpu:8", "--terms=kl,foo"], "--terms: expected some of kl, .*, got 'foo'"),
+        (["--topology=cpu:8", "--sweep", "--batches=8,a"], "--batches: expected whole numbers.*'8,a'"),
         (["--topology=cpu:8", "--batch=0"], "batch: expected at least 1"),
         (["--topology=cpu:8", "--accumulate=2"], "accumulate: expected a divisor of the batch 1"),
     ],
