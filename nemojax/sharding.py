@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from nemojax.config import field
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")  # from the farthest devices to the nearest
 BATCH_AXES = ("slice", "data", "fsdp")
+HOST_MEMORY = "pinned_host"  # of a device's host, from where it is copied without the host's help
 
 # logical axis -> mesh axis; an axis that is absent here is never split
 RULES: Mapping[str, str | tuple[str, ...]] = {
@@ -208,31 +209,43 @@ def logical_sizes(logical: Mapping[str, Any], abstract: Mapping[str, Any]) -> di
     return sizes
 
 
-def shardings_like(tree: Any, params: Any, *, over_data: bool = False) -> Any:
+def shardings_like(tree: Any, params: Any, *, over_data: bool = False, on_host: bool = False) -> Any:
     """A sharding for every leaf of a tree that repeats parameters, such as an optimiser state.
 
     A leaf goes where the parameter does whose path ends its own and whose shape it has, any other leaf to
-    all devices. None where the parameters are on no mesh. over_data: such a leaf is split over the data axis
-    besides (ZeRO-1, arXiv:1910.02054, section 5.1). Then hold the gradients to the shardings of their
-    parameters, or the partitioner takes that split back into the activations.
+    all devices. None where the parameters are on no mesh, and `on_host` is not asked for. over_data: such a
+    leaf is split over the data axis besides (ZeRO-1, arXiv:1910.02054, section 5.1). Then hold the gradients
+    to the shardings of their parameters, or the partitioner takes that split back into the activations.
+    on_host: such a leaf lies in the memory of its devices' host.
     """
     placed = {
         path: leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if isinstance(leaf.sharding, NamedSharding)
+        if isinstance(leaf.sharding, NamedSharding) or on_host
     }
     if not placed:
         return None
-    replicated = NamedSharding(next(iter(placed.values())).sharding.mesh, PartitionSpec())
+    other = next(iter(placed.values())).sharding
+    if isinstance(other, NamedSharding):
+        other = NamedSharding(other.mesh, PartitionSpec())
 
-    def one(path: tuple, leaf: Any) -> NamedSharding:
+    def one(path: tuple, leaf: Any) -> Sharding:
         ends = (placed.get(path[i:]) for i in range(len(path)))
         found = next((p.sharding for p in ends if p is not None and p.shape == leaf.shape), None)
         if found is None:
-            return replicated
-        return _over_data(found, leaf.shape) if over_data else found
+            return other
+        if over_data and isinstance(found, NamedSharding):
+            found = _over_data(found, leaf.shape)
+        return found.with_memory_kind(HOST_MEMORY) if on_host else found
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def on_devices(shardings: Any) -> Any:
+    """The same places in the devices' own memory, of arrays that lie on hosts."""
+    return jax.tree.map(
+        lambda s: s.with_memory_kind("device") if s.memory_kind == HOST_MEMORY else s, shardings
+    )
 
 
 def _over_data(place: NamedSharding, shape: Sequence[int]) -> NamedSharding:

@@ -11,7 +11,7 @@ import itertools
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,7 +36,7 @@ from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import place_batch, platform, use_mesh
+from nemojax.sharding import on_devices, place_batch, platform, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -73,6 +73,8 @@ class FitConfig:
     on_nonfinite: Literal["stop", "skip"] = field("stop", "a step whose loss or gradient is not finite")
     ema_decay: float = field(0.0, "decay of the exponential moving average of the weights; 0 keeps none")
     profile_steps: str = field("", "first:last step of a profiler trace, as 10:13")
+    zero1: bool = field(False, "optimiser moments are split over the data axis of the mesh too (ZeRO-1)")
+    offload: bool = field(False, "optimiser moments lie in host memory, and visit the devices in each step")
 
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1:
@@ -88,13 +90,24 @@ class Preempted(SystemExit):
 
 
 def make_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, accumulate: int = 1, ema_decay: float = 0.0
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """A pure (state, frozen, batch) -> (state, metrics). A step that is not finite changes no weights."""
+    """A pure (state, frozen, batch) -> (state, metrics). A step that is not finite changes no weights.
+
+    places: the shardings of the state where they are more than one device's memory; the step's out_shardings.
+    """
 
     def step(state: TrainState, frozen: Any, batch: Mapping[str, jax.Array]):
         key = jax.random.fold_in(state.key, state.step)
         grads, loss_sum, weight, sums = _gradients(loss_fn, state, frozen, batch, key, accumulate)
+        if places is not None:
+            grads = jax.lax.with_sharding_constraint(grads, places.params)
+            moved = jax.device_put(state.opt_state, on_devices(places.opt_state))
+            state = replace(state, opt_state=moved)
         scale = 1.0 / jnp.maximum(weight, 1e-8)
         grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
@@ -207,7 +220,8 @@ def fit(
     best = _of_phase(cfg.keep_best, first) if cfg.keep_best else None
     with use_mesh(mesh):
         tx = make_optimizer(optim, cfg.steps - first)
-        state = init_state(params, tx, jax.random.key(seed), ema=cfg.ema_decay > 0)
+        key = jax.random.key(seed)
+        state = init_state(params, tx, key, cfg.ema_decay > 0, zero1=cfg.zero1, offload=cfg.offload)
         del params
         checkpoints = Checkpoints(workdir, keep_last=cfg.keep_last, best=best, arch=arch)
         newest = checkpoints.latest()
@@ -241,10 +255,11 @@ class _Loop:
         done = int(self.state.step)
         if hasattr(self.batches, "bind"):  # RL: batches are sampled from the current weights
             self.batches.bind(lambda: self.state.params)
+        places = self._places()
         step_fn = jax.jit(
-            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay),
+            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay, places),
             donate_argnums=0,
-            out_shardings=(self._places(), None),
+            out_shardings=(places, None),
             compiler_options=dict(machine(platform()).COMPILER_OPTIONS) or None,
         )
         log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()
@@ -291,8 +306,8 @@ class _Loop:
 
     def _places(self) -> Any:
         """The state stays where it is: left to choose, XLA moves it, and compiles the step once more."""
-        on_mesh = self.mesh is not None and self.mesh.size > 1
-        return jax.tree.map(lambda x: x.sharding, self.state) if on_mesh else None
+        several = (self.mesh is not None and self.mesh.size > 1) or self.cfg.offload
+        return jax.tree.map(lambda x: x.sharding, self.state) if several else None
 
     def _is_due(self, step: int, preempted: bool) -> bool:
         every = (self.cfg.checkpoint_every, self.cfg.eval_every)

@@ -20,11 +20,12 @@ from nemojax.checkpoints.hf import import_hf
 from nemojax.checkpoints.hf_config import config_from_arch
 from nemojax.checkpoints.hf_weights import INDEX, weights_of
 from nemojax.data.tokenizer import train_tokenizer
+from tests.environment import QUICK_COMPILATION
 
 CONTEXT, VOCABULARY = 36, 280
 SHARD = "model-00002-of-00002.safetensors"
 COMMAND = [sys.executable, "-m", "nemojax.cli"]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}  # one device, as users have
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK_COMPILATION}  # one device, as users have
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from nemojax.data.tokenizer import Tokenizer, train_tokenizer
 from nemojax.log import read_metrics
 from nemojax.optim import make_schedule
 from nemojax.stage import read_result
+from tests.environment import QUICK_COMPILATION
 
 WORDS = "red green blue one two three and or not then".split()
 TEXTS = [" ".join(WORDS[i * (j + 1) % 10] for j in range(20)) + f" {i}" for i in range(300)]
@@ -99,7 +100,7 @@ def test_every_stage_reads_one_pattern_and_holds_the_same_texts_out(folder):
         [sys.executable, "-c", DRIVER, json.dumps(list(lines.values()))],
         capture_output=True,
         text=True,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION},
     )
     assert done.returncode == 0, done.stderr
     for name in ("texts-0.jsonl", "texts-2.jsonl.gz"):  # the count of blank lines reaches the user

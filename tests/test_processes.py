@@ -22,6 +22,7 @@ from nemojax.data.tokenizer import train_tokenizer
 from nemojax.hosts import on_primary, process_arguments, start_processes
 from nemojax.model.llama import init_params
 from nemojax.sharding import MeshConfig, make_mesh
+from tests.environment import QUICK_COMPILATION
 
 HERE = {"NEMOJAX_COORDINATOR": "host:1234", "NEMOJAX_NUM_PROCESSES": "4", "NEMOJAX_PROCESS_ID": "3"}
 STEPS = 20
@@ -168,7 +169,7 @@ class Run:
         self._said: list[str] | None = None
         self._output = Path(f"{self.rows_path}.launcher")
         arguments = [stage, f"--config={recipe}", f"--workdir={workdir}", *extra]
-        mine = {"XLA_FLAGS": "", "ROWS": str(self.rows_path), "NEMOJAX_START_TIMEOUT": "120"}
+        mine = {"XLA_FLAGS": QUICK_COMPILATION, "ROWS": str(self.rows_path), "NEMOJAX_START_TIMEOUT": "120"}
         with self._output.open("w") as out:
             self.launcher = subprocess.Popen(
                 ["bash", str(LAUNCHER), str(count), f"--devices={8 // count}", *arguments],

@@ -20,6 +20,7 @@ from nemojax.checkpoints.artifact import load_params, save_params
 from nemojax.compress.variants import Library
 from nemojax.data.tokenizer import train_tokenizer
 from nemojax.model.llama import init_params
+from tests.environment import QUICK_COMPILATION
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ class Job:
         with open(f"{workdir}.log", "a") as log:
             return subprocess.Popen(
                 [*command, f"--config={self.recipe}", f"--workdir={workdir}"],
-                env=os.environ | {"XLA_FLAGS": ""},
+                env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

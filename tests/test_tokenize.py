@@ -22,6 +22,7 @@ from nemojax.data.sources import Source, load_heldout, load_texts
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
 from nemojax.stage import OtherRun
 from nemojax.tokenize import Config, run
+from tests.environment import QUICK_COMPILATION
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "and", "or", "not", "then", "1 + 2 = 3", "→ é"]
 SHARD = 32
@@ -249,7 +250,9 @@ def job(folder, workdir, env=None, **changes) -> subprocess.Popen:
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(
             [sys.executable, str(script), json.dumps(values), str(workdir)],
-            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)} | (env or {}),
+            env=os.environ
+            | {"XLA_FLAGS": QUICK_COMPILATION, "PYTHONPATH": str(Path(__file__).parent.parent)}
+            | (env or {}),
             stdout=log,
             stderr=subprocess.STDOUT,
         )

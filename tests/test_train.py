@@ -20,7 +20,6 @@ from nemojax.checkpoints.artifact import Checkpoints, save_params
 from nemojax.data.reading import SourceUnavailable
 from nemojax.model import llama
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule, restart_schedule
-from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.train import FitConfig, Preempted, Sigterm, fit, init_state, lm_loss, make_step
 
 ARCH = uniform(vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=32, context=16)
@@ -432,25 +431,3 @@ def test_flops_are_six_for_each_weight_plus_causal_attention():
     attention = 2 * 6 * ARCH.num_heads * ARCH.head_dim * length  # QK and PV, half of them masked
     expected = 6 * (ARCH.num_block_params() + 32 * 16) + attention
     assert flops_per_token(ARCH, length) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_on_a_mesh_the_optimiser_lies_with_its_parameters_and_a_step_compiles_once(name, caplog):
-    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    with use_mesh(mesh):
-        init = jax.jit(
-            lambda key: llama.init_params(ARCH, key), out_shardings=llama.param_shardings(ARCH, mesh)
-        )
-        tx = make_optimizer(dataclasses.replace(OPTIM, name=name), 10)
-        state = init_state(init(jax.random.key(0)), tx, jax.random.key(1), ema=True)
-        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 2]  # no norms
-        assert moments and not any(leaf.sharding.is_fully_replicated for leaf in moments)
-        places = jax.tree.map(lambda x: x.sharding, state)
-        restarted = restart_schedule(state.opt_state)
-        assert jax.tree.map(lambda x: x.sharding, restarted) == places.opt_state
-        step = jax.jit(make_step(lm_loss(ARCH), tx, ema_decay=0.9), out_shardings=(places, None))
-        batches = RandomBatches()
-        with jax.log_compiles():
-            for _ in range(3):
-                state, _ = step(state, None, place_batch(next(batches), mesh))
-    assert sum("XLA compilation of jit(step)" in record.message for record in caplog.records) == 1

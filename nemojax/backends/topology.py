@@ -130,6 +130,7 @@ class Compiled:
     temporaries: int
     code: int
     compile_seconds: float
+    host: int = 0  # bytes of a device in its host's memory, which none of the others count
     collectives: tuple[Collective, ...] = ()
     kernels: Mapping[str, int] | None = None
     optimal_seconds: float | None = None
@@ -160,7 +161,8 @@ def compile_for(
                 raise
             line = " ".join(str(error).split())
             size = bytes_on_device(arguments)
-            return Compiled(size, 0, 0, _asked_for(line), 0, time.perf_counter() - start, refused=line[:300])
+            seconds, host = time.perf_counter() - start, bytes_on_device(arguments, on_host=True)
+            return Compiled(size, 0, 0, _asked_for(line), 0, seconds, host, refused=line[:300])
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -174,6 +176,7 @@ def compile_for(
         # a GPU's is in the host's memory until it is loaded, and small; a CPU's is no matter
         memory.generated_code_size_in_bytes if topology.chip.platform == "tpu" else 0,
         seconds,
+        bytes_on_device(arguments, on_host=True) + memory.host_temp_size_in_bytes,
         tuple(collectives(text, sizes)) if len(topology.devices) > 1 else (),
         kernels(text),
         cost.get("optimal_seconds") if topology.chip.platform == "tpu" else None,
@@ -297,11 +300,13 @@ def _target_config(chip: Chip) -> str:
     )
 
 
-def bytes_on_device(tree: Any) -> int:
-    """Of abstract, placed arrays, the largest part that one device has."""
+def bytes_on_device(tree: Any, *, on_host: bool = False) -> int:
+    """Of abstract, placed arrays, the largest part that one device has; on_host: in its host's memory."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
+        if (getattr(sharding, "memory_kind", None) == "pinned_host") != on_host:
+            continue
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         total += math.prod(shape) * (8 if key else leaf.dtype.itemsize)

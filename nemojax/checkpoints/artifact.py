@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,12 @@ def load_params(
     step: int | None = None,
     dtype: Any = None,
     shardings: Any = None,
+    finish: Callable[[str, Any], Any] | None = None,
 ) -> tuple[ArchSpec, dict[str, Any]]:
     """(arch, params in the memory layout) of an artifact, read one weight at a time.
 
-    `step` defaults to the newest; `dtype` to the stored one; `shardings` is a tree like the params.
+    `step` defaults to the newest; `dtype` to the stored one; `shardings` is a tree like the params. finish:
+    what becomes of each weight before the next is read, as in `store.Reader.like`.
     """
     artifact = Path(artifact).absolute()
     arch = arch if arch is not None else _read_arch(artifact)
@@ -197,18 +199,20 @@ def load_params(
     if shardings is not None:
         flat = store.flat_paths(shardings)
         wanted = {p: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=flat[p]) for p, w in wanted.items()}
-    return arch, reader.like(store.nested(wanted), arch)
+    return arch, reader.like(store.nested(wanted), arch, finish)
 
 
 def load_model(
-    artifact: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+    artifact: str | os.PathLike,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+    finish: Callable[[str, Any], Any] | None = None,
 ) -> tuple[ArchSpec, dict[str, Any]]:
-    """(arch, params) of an artifact's newest step, placed on the mesh."""
+    """(arch, params) of an artifact's newest step, placed on the mesh; `finish` as in `load_params`."""
     artifact = Path(artifact).absolute()
     arch = _read_arch(artifact)
-    if mesh is None or mesh.size == 1 or arch is None:
-        return load_params(artifact, arch, dtype=dtype)
-    return load_params(artifact, arch, dtype=dtype, shardings=param_shardings(arch, mesh))
+    places = None if mesh is None or mesh.size == 1 or arch is None else param_shardings(arch, mesh)
+    return load_params(artifact, arch, dtype=dtype, shardings=places, finish=finish)
 
 
 def save_params(

@@ -203,8 +203,13 @@ class Reader:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path}: unreadable checkpoint data ({_first_line(error)})") from error
 
-    def like(self, abstract: Any, arch: ArchSpec | None) -> Any:
-        """The saved tree in the structure, dtypes and shardings of `abstract`, a bounded batch at a time."""
+    def like(
+        self, abstract: Any, arch: ArchSpec | None, finish: Callable[[str, Any], Any] | None = None
+    ) -> Any:
+        """The saved tree in the structure, dtypes and shardings of `abstract`, a bounded batch at a time.
+
+        finish: (path, array on its devices) -> what takes its place, before the next one is there.
+        """
         wanted = flat_paths(abstract)
         for path, leaf in wanted.items():
             self._check(path, leaf, arch)
@@ -216,7 +221,8 @@ class Reader:
             for path, group in names.items():
                 stacked = split_run(path, arch) is not None
                 host = np.stack([arrays.pop(n) for n in group]) if stacked else arrays.pop(path)
-                placed[path] = to_device(host, wanted[path])
+                there = to_device(host, wanted[path])
+                placed[path] = there if finish is None else finish(path, there)
         return jax.tree.structure(abstract).unflatten([placed[path] for path in paths])
 
     def _check(self, path: str, leaf: Any, arch: ArchSpec | None) -> None:

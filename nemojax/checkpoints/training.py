@@ -34,10 +34,19 @@ class TrainState:
 
 
 def init_state(
-    params: Params, tx: optax.GradientTransformation, key: jax.Array, ema: bool = False
+    params: Params,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    ema: bool = False,
+    *,
+    zero1: bool = False,
+    offload: bool = False,
 ) -> TrainState:
-    """The state before the first step; optimiser moments take the sharding of their parameters."""
-    places = shardings_like(jax.eval_shape(tx.init, params), params)
+    """The state before the first step; optimiser moments take the sharding of their parameters.
+
+    zero1, offload: as in `FitConfig`.
+    """
+    places = shardings_like(jax.eval_shape(tx.init, params), params, over_data=zero1, on_host=offload)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, copy, key, jnp.zeros((), jnp.int32))

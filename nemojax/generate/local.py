@@ -65,9 +65,11 @@ class Model(Reader):
     def load(
         cls, artifact: str | Path, compute: Compute = Compute(), mesh: jax.sharding.Mesh | None = None
     ) -> Model:
-        """Reads the small files first, whose faults are quicker to find."""
+        """Reads the small files first, whose faults are quicker to find; weights as they will be used."""
         reader = Reader.open(artifact)
-        arch, params = load_model(artifact, mesh)
+        with use_mesh(mesh):
+            ready = functools.partial(programs.prepare_weight, compute=compute)
+            arch, params = load_model(artifact, mesh, finish=ready)
         return cls(arch, reader.tokenizer, params, compute, mesh)
 
 

@@ -35,6 +35,7 @@ from nemojax.model.llama import (
     quantized_shardings,
 )
 from nemojax.sharding import mesh_of, platform
+from nemojax.tree import from_paths
 
 FAR = 2**30  # a slot, row or position that no array has: writes there are dropped
 _PLACE = 2  # integers of a row before its settings: last token, its position
@@ -101,20 +102,30 @@ class Emitted(NamedTuple):
 def prepare(params: Params, compute: Compute, mesh: jax.sharding.Mesh | None) -> tuple[Params, bool]:
     """(weights as they are used, whether they are split by layer): in the dtype of `compute`, and block
     matrices in e4m3 where it says fp8. What was prepared before stays as it is."""
-    dtype = jnp.dtype(compute.dtype)
-    if compute.matmul == "fp8":
-        params = _quantized(params)
-    params = jax.tree.map(
-        lambda w: w if _is_quantized(w) or w.dtype == dtype else w.astype(dtype),
-        params,
-        is_leaf=_is_quantized,
-    )
+    params = _as_used(params, compute)
     split = platform() == "cpu" and (mesh is None or mesh.size == 1)
     return (split_layers(params), True) if split else (params, False)
 
 
+def prepare_weight(path: str, weight: jax.Array, *, compute: Compute) -> Any:
+    """One weight of `prepare`: a model that is prepared while it is read is never there in full precision."""
+    [prepared] = jax.tree.leaves(_as_used(from_paths({path: weight}), compute), is_leaf=_is_quantized)
+    return prepared
+
+
+def _as_used(params: Params, compute: Compute) -> Params:
+    dtype = jnp.dtype(compute.dtype)
+    if compute.matmul == "fp8":
+        params = _quantized(params)
+    return jax.tree.map(
+        lambda w: w if _is_quantized(w) or w.dtype == dtype else w.astype(dtype),
+        params,
+        is_leaf=_is_quantized,
+    )
+
+
 def _quantized(params: Params) -> Params:
-    if any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
+    if "runs" not in params or any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
         return params
     runs, places = {"runs": params["runs"]}, None
     if mesh_of(params) is not None:

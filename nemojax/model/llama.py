@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nemojax.arch import ArchSpec, Run
 from nemojax.backends import fp8
@@ -26,14 +27,24 @@ from nemojax.model.block import AXES, apply_block, block_axes, init_block, rms_n
 from nemojax.model.blockwise import SAVED
 from nemojax.model.cache import Cache, Layer, Window, read, write
 from nemojax.model.layout import run_name
-from nemojax.sharding import constrain, shardings_of
+from nemojax.sharding import HOST_MEMORY, constrain, shardings_of
 
 # matmuls are not computed twice; nor is attention over a long row, which is a loop of them
 KEEP_DOTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED, fp8.SAVED)
 )
 
+# the stream before each block, all that whole blocks are computed again from, waits in host memory
+STREAM = "stream"
+OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[STREAM],
+    offload_src="device",
+    offload_dst=HOST_MEMORY,
+)
+
 Params = dict[str, Any]
+Remat = Literal["none", "dots", "full", "offload"]
 Tap = int | tuple[Literal["attn"], int]  # the stream after a layer; what its attention sub-block adds to it
 Taps = dict[Tap, jax.Array]
 
@@ -43,8 +54,10 @@ class Compute:
     """How to compute, never what: results agree up to rounding."""
 
     dtype: Literal["float32", "bfloat16"] = field("float32", "dtype of activations and matmuls")
-    remat: Literal["none", "dots", "full"] = field(
-        "none", "recomputed in the backward pass: nothing, all but matmuls, or whole blocks"
+    remat: Remat = field(
+        "none",
+        "recomputed in the backward pass: nothing, all but matmuls, whole blocks, or these from what waits "
+        "in host memory (offload)",
     )
     unroll: int = field(
         1, "blocks of a run in one step of the scan (more: larger program, often faster on CPU)"
@@ -281,6 +294,7 @@ def _run(
 
     def body(h: jax.Array, w: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         seen: dict[str, jax.Array] | None = {} if set(wanted) - {"after"} else None
+        h = checkpoint_name(h, STREAM)
         h = apply_block(arch, run.spec, w, h, ctx, capture=seen, kind=compute.matmul)
         return h, {name: h if seen is None or name == "after" else seen[name] for name in wanted}
 
@@ -295,6 +309,8 @@ def _run(
             body = jax.checkpoint(body, prevent_cse=False)
         case "dots":
             body = jax.checkpoint(body, prevent_cse=False, policy=KEEP_DOTS)
+        case "offload":
+            body = jax.checkpoint(body, prevent_cse=False, policy=OFFLOAD)
     return jax.lax.scan(body, h_BTD, weights, unroll=min(compute.unroll, len(run.layers)))
 
 

@@ -101,6 +101,8 @@ def as_text(plan: Plan, tokens: float | None, price: float | None) -> str:
         lines += ["", f"{part.name}, {part.bytes / GIB:.2f} GiB a device"]
         held = {**part.held, **part.beside, "temporaries": part.compiled.temporaries}
         lines += [f"  {name:<18}{size / GIB:>10.2f} GiB" for name, size in held.items()]
+        if host := part.compiled.host:
+            lines.append(f"  {'in host memory':<18}{host / GIB:>10.2f} GiB; copies of it cost time besides")
         lines.append(
             f"  at least {part.seconds:.4g} s: computing {part.compute_seconds:.4g}, memory "
             f"{part.memory_seconds:.4g}, sending {part.collective_seconds:.4g}"
@@ -154,9 +156,11 @@ def _parser() -> Parser:
     add("--context", type=int, default=8192, help="tokens of a row, or room for prompt and answer")
     add("--dtype", default="bf16", choices=("bf16", "fp8", "f32"), help="of activations and products")
     add("--weights", default="float32", choices=("float32", "bfloat16"), help="trained weights and moments")
-    add("--remat", default="full", choices=("none", "dots", "full"), help="recomputed in the backward pass")
+    add("--remat", default="full", choices=("none", "dots", "full", "offload"), help="see compute.remat")
     add("--accumulate", type=int, default=1, help="micro-batches a step")
     add("--loss_chunk", type=int, default=1024, help="positions with logits at once; 0: all")
+    add("--zero1", action="store_true", help="optimiser moments are split over the data axis too")
+    add("--offload", action="store_true", help="optimiser moments lie in host memory")
     add("--terms", default="kl,cosine", help="terms of a distillation's loss")
     add("--answers", type=int, default=0, help="rl: sequences sampled together; 0: batch")
     add("--generated", type=int, default=0, help="rl: tokens of an answer; 0: half of context")
@@ -197,6 +201,8 @@ def _work(options: Any, parser: Parser) -> Work:
         options.accumulate,
         options.loss_chunk,
         terms,
+        zero1=options.zero1,
+        offload=options.offload,
     )
     return Work(
         load_arch(options.arch),

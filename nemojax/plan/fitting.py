@@ -99,7 +99,7 @@ def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
 
     if work.step in ("train", "distill", "rl"):
         t = work.training
-        if t.remat != "full":
+        if t.remat in ("none", "dots"):
             yield other_training("remat=full", remat="full")
         if min(t.loss_chunk or work.context, work.context) > 512:
             yield other_training("loss_chunk=512", loss_chunk=512)
@@ -109,9 +109,13 @@ def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
         for count in (t.accumulate * 2**i for i in range(1, 6)):
             if work.batch % count == 0:
                 yield change(f"accumulate={count}", training=replace(t, accumulate=count))
+        if not t.zero1 and plan.mesh["data"] > 1:
+            yield change("zero1", training=replace(t, zero1=True))
     for other in meshes(plan.topology):
         if other != mesh:
             yield change(f"mesh={words_of(other)}", mesh=other)
+    if work.step in ("train", "distill", "rl") and not work.training.offload:
+        yield change("offload", training=replace(work.training, offload=True))
     if work.step in ("train", "distill", "rl") and work.training.weights == "float32":
         yield change("weights=bfloat16", training=replace(work.training, weights="bfloat16"))
     if work.step == "generate":

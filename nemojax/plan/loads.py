@@ -69,7 +69,8 @@ class Shares:
 
 def optimiser_load(weights: Any, moments: Any) -> Load:
     """Weights, gradients and moments read and written once; the arithmetic counts for nothing."""
-    return Load(0.0, 4 * bytes_on_device(weights) + 2 * bytes_on_device(moments))
+    moved = bytes_on_device(moments) + bytes_on_device(moments, on_host=True)
+    return Load(0.0, 4 * bytes_on_device(weights) + 2 * moved)
 
 
 def held_bytes(held: Mapping[str, Any]) -> dict[str, int]:

@@ -50,6 +50,7 @@ class Part:
         return {
             "name": self.name,
             "bytes": {**self.held, **self.beside, "temporaries": c.temporaries, "total": self.bytes},
+            "host_bytes": c.host,
             "compute_seconds": self.compute_seconds,
             "memory_seconds": self.memory_seconds,
             "collective_seconds": self.collective_seconds,

@@ -31,7 +31,7 @@ from nemojax.model import llama
 from nemojax.model.block import block_axes, init_block
 from nemojax.model.cache import init_cache
 from nemojax.model.layout import run_name
-from nemojax.model.llama import Compute
+from nemojax.model.llama import Compute, Remat
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.plan.loads import Shares, optimiser_load
 from nemojax.rl.loss import grpo_loss
@@ -49,11 +49,13 @@ class Training:
     """What else a step that trains is decided by."""
 
     weights: Literal["float32", "bfloat16"] = field("float32", "dtype of trained weights and moments")
-    remat: Literal["none", "dots", "full"] = field("full", "recomputed in the backward pass")
+    remat: Remat = field("full", "recomputed in the backward pass")
     accumulate: int = field(1, "micro-batches a step")
     loss_chunk: int = field(1024, "positions of a row whose logits exist at once; 0: all")
     terms: tuple[str, ...] = field(("kl", "cosine"), "terms of a distillation's loss, each of weight 1")
     optimizer: Literal["adamw", "muon"] = field("adamw", "optimiser")
+    zero1: bool = field(False, "moments are split over the data axis too")
+    offload: bool = field(False, "moments lie in host memory")
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,16 @@ def _trained(
     tx = make_optimizer(OptimConfig(name=t.optimizer), 1000)
     params = abstract_params(work.arch, mesh, t.weights)
     moments = jax.eval_shape(tx.init, params)
-    moments = _placed(moments, shardings_like(moments, params))
+    moments = _placed(moments, shardings_like(moments, params, over_data=t.zero1, on_host=t.offload))
     count, key = _over(mesh, (jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0)))
     state = TrainState(count, params, moments, None, key, count)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    places = places if mesh.size > 1 or t.offload else None
     step = jax.jit(
-        make_step(loss, tx, t.accumulate),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+        make_step(loss, tx, t.accumulate, places=places), donate_argnums=0, out_shardings=(places, None)
     )
     passes = Shares.of(mesh).training(
-        work.arch, work.batch, work.context, remat=t.remat == "full", accumulate=t.accumulate
+        work.arch, work.batch, work.context, remat=t.remat in ("full", "offload"), accumulate=t.accumulate
     )
     return Program(
         "training step",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from prometheus_client import disable_created_metrics
 
 from nemojax.arch import ArchSpec
 from nemojax.checkpoints.artifact import load_model
+from nemojax.generate import programs
 from nemojax.generate.engine import Engine
 from nemojax.generate.jobs import Job
 from nemojax.generate.local import Model, prepared
@@ -88,7 +90,8 @@ def _load_draft(cfg: ServeConfig, mesh: jax.sharding.Mesh | None) -> tuple[Param
             "draft: expected engine.speculation.kind to be 'draft' with it, got "
             f"{cfg.engine.speculation.kind!r}"
         )
-    arch, params = load_model(cfg.draft, mesh)
+    ready = functools.partial(programs.prepare_weight, compute=cfg.compute)
+    arch, params = load_model(cfg.draft, mesh, finish=ready)
     return params, arch
 
 

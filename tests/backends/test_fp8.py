@@ -11,6 +11,7 @@ import pytest
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, SwiGLU
 from nemojax.backends import fp8
 from nemojax.backends.matmul import matmul
+from nemojax.checkpoints.artifact import load_model, save_params
 from nemojax.data.sources import Source, load_texts
 from nemojax.generate import programs
 from nemojax.generate.completions import generate
@@ -167,6 +168,33 @@ def test_prepared_weights_take_a_byte_each_and_stay_on_their_mesh(params):
     assert q.values.dtype == jnp.float8_e4m3fn and q.scale.shape == (2,) and q.scale.dtype == jnp.float32
     assert q.values.addressable_shards[0].data.nbytes * 4 == before.addressable_shards[0].data.nbytes
     assert kept["embed"]["weight"].dtype == kept["runs"]["000"]["attn"]["norm"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind, dtype", [("fp8", "bfloat16"), ("default", "bfloat16"), ("fp8", "float32")])
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=4, tensor=2), None])
+def test_weights_prepared_while_they_are_read(tmp_path, params, kind, dtype, config):
+    """They are those that are prepared afterwards, and no more than one is there as it is stored."""
+    save_params(tmp_path, ARCH, params)
+    mesh = make_mesh(config) if config else None
+    compute = llama.Compute(dtype=dtype, matmul=kind)
+    whole: list[str] = []
+
+    def ready(path: str, weight: jax.Array):
+        kept = programs.prepare_weight(path, weight, compute=compute)
+        if kept is not weight:
+            weight.delete()  # nobody has it besides
+        whole.extend([path] if kept is weight else [])
+        return kept
+
+    with use_mesh(mesh):
+        _, read = load_model(tmp_path, mesh, finish=ready)
+        _, stored = load_model(tmp_path, mesh)
+        after = programs._as_used(stored, compute)
+    assert jax.tree.structure(read) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(after), strict=True):
+        assert a.dtype == b.dtype and a.sharding == b.sharding
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    assert all("runs" not in path or path.endswith("norm") for path in whole)
 
 
 def test_generation_with_kept_weights(params):

@@ -30,6 +30,7 @@ from nemojax.sharding import MeshConfig, make_mesh
 from nemojax.stage import locked
 from tests.compress.mixed import MIXED, change, mixed_parent
 from tests.compress.tiny import batches
+from tests.environment import QUICK_COMPILATION
 from tests.test_processes import free_address
 
 STEPS = 6
@@ -391,7 +392,7 @@ def build_in_a_process(dir: str) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one(whole, tmp_path):
     shared = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{QUICK_COMPILATION} --xla_force_host_platform_device_count=4",
         "NEMOJAX_COORDINATOR": free_address(),
         "NEMOJAX_NUM_PROCESSES": "2",
     }

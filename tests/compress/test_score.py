@@ -25,6 +25,7 @@ from tests.compress.made import Made
 from tests.compress.numpy_model import forward
 from tests.compress.programs import compiled
 from tests.compress.tiny import ARCH, batches
+from tests.environment import QUICK_COMPILATION
 
 ROOT = Path(__file__).parents[2]
 FULL = ARCH.blocks[0]
@@ -305,7 +306,10 @@ def scored_by(count: int, path: Path) -> tuple[list, list[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    shared = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}", "PYTHONPATH": str(ROOT)}
+    shared = {
+        "XLA_FLAGS": f"{QUICK_COMPILATION} --xla_force_host_platform_device_count={8 // count}",
+        "PYTHONPATH": str(ROOT),
+    }
     if count > 1:
         shared |= {"NEMOJAX_COORDINATOR": address, "NEMOJAX_NUM_PROCESSES": str(count)}
     processes = [

@@ -23,6 +23,7 @@ from nemojax.distill.teachers import check_cache
 from nemojax.model import llama
 from nemojax.sharding import make_mesh, place_batch, use_mesh
 from tests.distill.test_run import config, log
+from tests.environment import QUICK_COMPILATION
 
 STEPS, TOP_K = 6, 8
 
@@ -167,7 +168,7 @@ teacher_cache.run(from_dict(teacher_cache.Config, json.loads(sys.argv[1])), sys.
 
 def start(values: dict, workdir: Path, count: int = 1, **env: str) -> list[int]:
     """Exit codes of the stage in `count` processes of eight devices together."""
-    shared = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+    shared = {"XLA_FLAGS": f"{QUICK_COMPILATION} --xla_force_host_platform_device_count={8 // count}"}
     if count > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

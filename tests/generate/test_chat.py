@@ -24,11 +24,15 @@ from nemojax.generate.protocol import Request
 from nemojax.generate.remote import RemoteConfig, RemoteGenerator
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import init_params
+from tests.environment import QUICK_COMPILATION
 from tests.generate.unreliable import Server, serving, wait_until
 
 CONTEXT = 1024
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-ENV = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NO_COLOR")} | {"TERM": "xterm"}
+ENV = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {
+    "TERM": "xterm",
+    "XLA_FLAGS": QUICK_COMPILATION,
+}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from nemojax.arch import uniform
 from nemojax.checkpoints.artifact import save_params
 from nemojax.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from nemojax.model.llama import init_params
+from tests.environment import QUICK_COMPILATION
 
 CONTEXT = 1024
 PATIENCE = 120  # seconds until a test gives up
@@ -54,7 +55,7 @@ def make_artifact(folder: Path) -> Path:
 def environment(cache: Path) -> dict[str, str]:
     """One device, and compiled programs shared by the servers of a session."""
     return os.environ | {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICK_COMPILATION,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "NEMOJAX_TRACEBACK": "",
