@@ -14,11 +14,6 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {}  # XLA's own choice
 ENVIRONMENT: Mapping[str, str] = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-def matmul_precision(dtype: str) -> str:
-    """For `jax.default_matmul_precision`: a CPU multiplies f32 exactly as it is."""
-    return "default"
-
-
 def refusal(kernel: str, rows: Rows) -> str | None:
     """Why a kernel cannot serve `rows`: splash runs in Pallas's interpreter (a check of it, very slow)."""
     return None if kernel == "splash" else "it is a kernel for GPUs"

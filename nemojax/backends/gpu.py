@@ -1,4 +1,4 @@
-"""An NVIDIA GPU: its attention kernels, compiler options, environment, and precision of matmuls."""
+"""An NVIDIA GPU: its attention kernels, compiler options, and environment."""
 
 from __future__ import annotations
 
@@ -36,11 +36,6 @@ ENVIRONMENT: Mapping[str, str] = {
 
 TOKAMAX = "0.0."  # versions whose inner interface is the one below
 _BLOCK = 128  # positions that a block of tokamax's kernels has at most, for queries of two warp groups
-
-
-def matmul_precision(dtype: str) -> str:
-    """For `jax.default_matmul_precision`: f32 means f32, where the default would be TF32 (10 bits)."""
-    return "highest" if dtype == "float32" else "default"
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:

@@ -1,4 +1,4 @@
-"""A TPU: its attention kernel, compiler options, and precision of matmuls."""
+"""A TPU: its attention kernel and compiler options."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
 ENVIRONMENT: Mapping[str, str] = {}  # options go with each program; nothing has to be set before start-up
-
-
-def matmul_precision(dtype: str) -> str:
-    """For `jax.default_matmul_precision`: f32 means f32, where the default would be one pass of bf16."""
-    return "highest" if dtype == "float32" else "default"
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:

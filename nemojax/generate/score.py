@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.backends.matmul import matmul
 from nemojax.model.llama import Compute, Params, final_norm, head_weight, hidden
 from nemojax.sharding import use_mesh
 
@@ -99,4 +100,4 @@ def _last_logit(
     h_BD = jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1)[:, 0]
     x_BD = final_norm(params, arch, h_BD[:, None])[:, 0]
     w_D = jnp.take(head_weight(params), token, axis=0).astype(x_BD.dtype)
-    return jnp.einsum("BD,D->B", x_BD, w_D, preferred_element_type=jnp.float32)
+    return matmul("BD,D->B", x_BD, w_D, jnp.float32)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from nemojax.backends.contract import exact
 from nemojax.losses.distributions import NEVER, Axes, TopK, axes_of, integrand, mixture
 from nemojax.losses.tokens import logits_of, pieces
 from nemojax.sharding import ways_of
@@ -280,11 +281,12 @@ def _chunk(
         return *total(logits_BCV), None, None
     (loss, sums), g_BCV = jax.value_and_grad(total, has_aux=True)(logits_BCV)
     g_BCV = g_BCV.astype(x_BCD.dtype)
-    dx_BCD = jnp.einsum("BCV,VD->BCD", g_BCV, w_VD, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, precision=exact(g_BCV, w_VD))
+    dx_BCD = product("BCV,VD->BCD", g_BCV, w_VD, preferred_element_type=jnp.float32)
     dx_BCD = jax.lax.psum(dx_BCD, axes.vocab).astype(x_BCD.dtype)
     # in the dtype of the sum over chunks: a compiler then adds within the product, in f32
     wide = jnp.promote_types(dtype, x_BCD.dtype)
-    dw_VD = jnp.einsum("BCV,BCD->VD", g_BCV, x_BCD, preferred_element_type=wide).astype(dtype)
+    dw_VD = product("BCV,BCD->VD", g_BCV, x_BCD, preferred_element_type=wide).astype(dtype)
     return loss, sums, dx_BCD, dw_VD
 
 

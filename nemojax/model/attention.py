@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention
 from nemojax.backends import gpu
+from nemojax.backends.contract import exact
 from nemojax.backends.kernels import Asked, Kernel, attention_kernel
 from nemojax.backends.rows import Rows
 from nemojax.model import rope
@@ -202,14 +203,15 @@ def attend_cached(
     q_BKTGH = (q_BTNH * (h**-0.5)).reshape(b, t, k_heads, n // k_heads, h).swapaxes(1, 2)
     q_BKQH = q_BKTGH.reshape(b, k_heads, -1, h)  # Q = T x G queries of a KV head
     rows = ((0, 1), (0, 1))
+    how = exact(q_BKQH, k_BKSH)
     scores_BKQS = jax.lax.dot_general(
-        q_BKQH, k_BKSH, (((3,), (3,)), rows), preferred_element_type=jnp.float32
+        q_BKQH, k_BKSH, (((3,), (3,)), rows), precision=how, preferred_element_type=jnp.float32
     )
     scores_BKTGS = scores_BKQS.reshape(b, k_heads, t, n // k_heads, length)
     scores_BKTGS = jnp.where(mask_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(jnp.float32).min)
     weights_BKTGS = jax.nn.softmax(scores_BKTGS, axis=-1).astype(v_BKSH.dtype)
     weights_BKQS = weights_BKTGS.reshape(b, k_heads, -1, length)
-    out_BKQH = jax.lax.dot_general(weights_BKQS, v_BKSH, (((3,), (2,)), rows))
+    out_BKQH = jax.lax.dot_general(weights_BKQS, v_BKSH, (((3,), (2,)), rows), precision=how)
     return out_BKQH.reshape(b, k_heads, t, n // k_heads, h).swapaxes(1, 2).reshape(b, t, n, h)
 
 
@@ -220,7 +222,8 @@ def masked_attention(
     b, t, n, h = q_BTNH.shape
     k_heads = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * (h**-0.5)).reshape(b, t, k_heads, n // k_heads, h)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, precision=exact(q_BTKGH, k_BSKH))
+    scores_BKGTS = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(b, t, n, h)
+    return product("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(b, t, n, h)

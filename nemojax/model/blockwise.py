@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from nemojax.backends.contract import exact
 from nemojax.backends.rows import SAVED
 
 MASKED = float(jnp.finfo(jnp.float32).min)
@@ -137,9 +138,8 @@ def _scores(q_KQH: jax.Array, k_KsH: jax.Array, q_at: Places, k_at: Places, wind
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """Product for each KV head (axis 0), summed over one axis of each, in f32."""
-    return jax.lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
-    )
+    dims = (((a_axis,), (b_axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dims, precision=exact(a, b), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nemojax.arch import uniform
 from nemojax.backends.matmul import matmul
+from nemojax.model.llama import Compute, init_params
+from nemojax.train import lm_loss
+
+ARCH = uniform(vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=32, context=1024)
 
 SIZES = dict(B=2, T=3, D=8, N=2, K=2, H=4, F=6, E=8, V=10)
 FORMS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD", "BTD,DE->BTE", "BTD,VD->BTV"]
@@ -44,3 +49,22 @@ def test_it_batches_over_stacked_weights():
     stacked = jnp.stack([w, 2 * w])
     out = jax.vmap(lambda w: matmul("BTD,DF->BTF", x, w))(stacked)
     np.testing.assert_allclose(out[1], 2 * out[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length, chunk", [(8, 0), (1024, 256)])
+def test_f32_means_f32_on_every_machine(dtype, length, chunk):
+    """Also in backward passes that are written out: of matmuls, of attention over long rows, of the loss."""
+    compute = Compute(dtype=dtype)
+    loss = lm_loss(ARCH, compute, chunk=chunk)
+    ids = jnp.ones((1, length), jnp.int32)
+    batch = {"tokens": ids, "targets": ids, "segments": ids, "weights": ids.astype(jnp.float32)}
+    params = init_params(ARCH, jax.random.key(0))
+    both = jax.grad(lambda p: loss(p, None, batch, jax.random.key(0))[0])
+    text = jax.jit(both).lower(params).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 20
+    if dtype == "float32":
+        assert not [line for line in products if "HIGHEST" not in line]
+    else:
+        assert not [line for line in products if "HIGHEST" in line and "bf16>" in line]
