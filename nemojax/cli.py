@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
+from nemojax.backends.startup import ENVIRONMENT
 from nemojax.commands import EXIT_PREEMPTED, STAGES, Parser, split_overrides, summary_line
 
 # command -> (module, function, summary). The function takes the remaining arguments.
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if argv is None and args and args[0] in (*STAGES, "run", "generate", "serve", "chat"):
-        _take_large_pages()
+        _set_environment()
         _keep_programs()
     try:
         with _preemptible():
@@ -75,14 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _take_large_pages() -> None:
-    """Starts this process again, once, with memory in large pages where glibc and Linux offer them.
-
-    On a CPU, XLA takes its temporaries anew for every step; in 4 KiB pages, the faults cost a sixth of a
-    training step. glibc reads the setting only at the start of a process.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+def _set_environment() -> None:
+    """What is to be set before start-up, where nobody has; for glibc, this process starts again, once."""
+    again = sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if again:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from nemojax import cli
+from nemojax.backends.startup import GPU_MEMORY
 from nemojax.hosts import COORDINATOR, NUM_PROCESSES, PROCESS_ID, process_arguments
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -139,19 +140,30 @@ def test_a_local_cluster_hands_sigterm_on(tmp_path):
 PROGRAM = """
 import os, sys
 from nemojax import cli
+from nemojax.backends.startup import GPU_MEMORY
 sys.argv[1:] = ["chat"]
-cli._dispatch = lambda args: print(os.environ.get("JAX_COMPILATION_CACHE_DIR"))
+cli._dispatch = lambda args: print(os.environ.get({name!r}))
 sys.exit(cli.main())
 """
 
 
-def where_programs_go(home: Path, **env: str) -> str:
+def variable(name: str, home: Path, **env: str) -> str:
+    """An environment variable as a command finds it, and what is printed besides."""
     base = {k: v for k, v in os.environ.items() if k not in (cli.PROGRAMS, "XDG_CACHE_HOME", "JAX_PLATFORMS")}
     mine = {"HOME": str(home), "GLIBC_TUNABLES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=base | mine | env, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", PROGRAM.format(name=name)]
+    done = subprocess.run(command, env=base | mine | env, capture_output=True, text=True, check=True)
     return (done.stdout + done.stderr).strip()
+
+
+def where_programs_go(home: Path, **env: str) -> str:
+    return variable("JAX_COMPILATION_CACHE_DIR", home, **env)
+
+
+def test_what_machines_want_before_start_up_is_set_where_nobody_has(tmp_path):
+    assert variable("XLA_PYTHON_CLIENT_MEM_FRACTION", tmp_path) == str(GPU_MEMORY)
+    assert variable("XLA_PYTHON_CLIENT_MEM_FRACTION", tmp_path, XLA_PYTHON_CLIENT_MEM_FRACTION=".5") == ".5"
+    assert variable("CUDA_DEVICE_MAX_CONNECTIONS", tmp_path) == "1"
 
 
 def test_programs_are_kept_in_the_users_cache_unless_told_otherwise(tmp_path):

@@ -9,9 +9,6 @@ from nemojax.backends.rows import Rows
 
 KERNELS: tuple[Any, ...] = ()  # loops over blocks that stay in the cache are the best there is
 COMPILER_OPTIONS: Mapping[str, bool | str] = {}  # XLA's own choice
-# glibc gives memory in large pages: XLA takes its temporaries anew for every step, and page faults cost a
-# sixth of one. The command line sets it; whoever calls the library sets it before Python starts.
-ENVIRONMENT: Mapping[str, str] = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU: its attention kernels, compiler options, and environment."""
+"""An NVIDIA GPU: its attention kernels and compiler options."""
 
 from __future__ import annotations
 
@@ -28,10 +28,6 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_gpu_enable_pipelined_all_reduce": True,
     # two buffers in turn for what a scan carries, instead of a copy in each of its steps
     "xla_gpu_enable_while_loop_double_buffering": True,
-}
-ENVIRONMENT: Mapping[str, str] = {
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # a quarter of the memory would lie idle
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernels start in the order in which the scheduler put them
 }
 
 TOKAMAX = "0.0."  # versions whose inner interface is the one below

@@ -21,7 +21,7 @@ OWN_KERNEL = 1024
 
 
 def machine(platform: str) -> ModuleType:
-    """The file of a platform as devices call it: its kernels, compiler options, environment."""
+    """The file of a platform as devices call it: its kernels and compiler options."""
     return {"gpu": gpu, "cuda": gpu, "rocm": gpu, "tpu": tpu}.get(platform, cpu)
 
 

@@ -20,7 +20,6 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
-ENVIRONMENT: Mapping[str, str] = {}  # options go with each program; nothing has to be set before start-up
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:

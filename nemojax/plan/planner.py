@@ -11,14 +11,12 @@ import jax
 from jax.sharding import Mesh
 
 from nemojax.backends.hlo import Collective
+from nemojax.backends.startup import GPU_MEMORY
 from nemojax.backends.topology import Compiled, Topology, compile_for
 from nemojax.model.attention import kernel_of
 from nemojax.plan.loads import held_bytes
 from nemojax.plan.programs import Program, Work, programs_of
 from nemojax.sharding import MeshConfig, make_mesh
-
-# of a GPU's memory, for the driver's context, its libraries and the buffers of collectives: an assumption
-RESERVED = {"gpu": 2 * 2**30, "tpu": 0, "cpu": 0}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,8 @@ class Plan:
     @property
     def room(self) -> int:
         """Bytes of a device that programs can have."""
-        return self.topology.hbm_bytes - RESERVED[self.topology.chip.platform]
+        share = GPU_MEMORY if self.topology.chip.platform == "gpu" else 1.0
+        return int(self.topology.hbm_bytes * share)
 
     @property
     def largest(self) -> Part:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gpu.py [--rounds=7] [--length=8192] [--rows=1] [--layers=N] [--tiny]
 
-Each part runs in a process of its own, with the compiler options and the environment of backends/gpu.py,
+Each part runs in a process of its own, with the compiler options and the environment of backends/startup.py,
 and warmed up; times are medians over rounds. A table and then one JSON object are printed.
 
     train      a step of next-token training, AdamW on f32 weights, bf16, blocks recomputed; as many layers as
@@ -317,9 +317,9 @@ PARTS = {
 
 def in_a_process(part: str, argv: list[str]) -> dict[str, Any]:
     """A part's numbers; "error" when it failed."""
-    from nemojax.backends import gpu
+    from nemojax.backends.startup import ENVIRONMENT
 
-    env = {**gpu.ENVIRONMENT, **os.environ}
+    env = {**ENVIRONMENT, **os.environ}
     command = [sys.executable, __file__, *argv, f"--part={part}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     try:
