@@ -43,6 +43,7 @@ class Chip:
     link_bandwidth: float = 0.0
     network_bandwidth: float = 0.0
     torus_dims: int = 0
+    clock_hz: float = 0.0  # of a TPU, in whose cycles its compiler counts
     target: Mapping[str, Any] | None = None  # what XLA wants to know of a GPU
     sources: tuple[str, ...] = ()
 

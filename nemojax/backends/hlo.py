@@ -1,4 +1,5 @@
-"""What the text of a compiled program tells: its collectives by mesh axis, and the kernels that it calls.
+"""What the text of a compiled program tells: its collectives by mesh axis, the kernels that it calls, and
+the time that its compiler expects.
 
 A collective inside a loop counts as often as the loop turns; a compiler that cuts one into a chain of
 asynchronous parts leaves it one channel, which counts once.
@@ -26,6 +27,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTS = re.compile(r"replica_groups=\{(\{[^=]*?\})\}")
 _MESH = re.compile(
@@ -72,6 +74,27 @@ def kernels(text: str) -> dict[str, int]:
     """{target: how many places} of the program's calls of libraries and of kernels written by hand."""
     names = re.findall(r'custom_call_target="([^"]+)"', text)
     return {name: names.count(name) for name in sorted(set(names))}
+
+
+def estimated_cycles(text: str) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """What a TPU's compiler expects a program to take in cycles, and of its loops (turns, cycles of a turn),
+    the longest in all first.
+
+    Kernels written by hand have no estimate, and copies that run beside the rest none of their own.
+    """
+    computations = _computations(text)
+    times = _times(computations)
+    own = {
+        name: sum(float(n) for line in lines for n in _CYCLES.findall(line))
+        for name, lines in computations.items()
+    }
+    total = math.fsum(times[name] * cycles for name, cycles in own.items())
+    turns = defaultdict(int)
+    for name, cycles in own.items():
+        if times[name] > 1 and cycles:
+            turns[int(times[name]), cycles] += 1
+    loops = [(number * count, cycles) for (number, cycles), count in turns.items()]
+    return total, tuple(sorted(loops, key=lambda loop: -loop[0] * loop[1]))
 
 
 def _computations(text: str) -> dict[str, list[str]]:

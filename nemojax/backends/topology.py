@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from nemojax.backends.chips import Chip, chip_names, load_chip
-from nemojax.backends.hlo import Collective, collectives, kernels
+from nemojax.backends.hlo import Collective, collectives, estimated_cycles, kernels
 from nemojax.backends.kernels import machine
 
 LIBTPU, CUDA_PLUGINS = "NEMOJAX_LIBTPU", "NEMOJAX_CUDA_PLUGINS"
@@ -121,8 +121,8 @@ def open_topology(name: str) -> Topology:
 @dataclass(frozen=True)
 class Compiled:
     """What a compiler says of a program, of one device, in bytes. `refused`: its words when it finds no room;
-    then `temporaries` are what it asked for, as far as it says so. `optimal_seconds`: a TPU compiler's own
-    estimate, which counts the body of a loop once; None elsewhere."""
+    then `temporaries` are what it asked for, as far as it says so. `cycles` and `loops`: as in
+    `hlo.estimated_cycles`, of a TPU."""
 
     arguments: int
     outputs: int
@@ -133,13 +133,22 @@ class Compiled:
     host: int = 0  # bytes of a device in its host's memory, which none of the others count
     collectives: tuple[Collective, ...] = ()
     kernels: Mapping[str, int] | None = None
-    optimal_seconds: float | None = None
+    cycles: float = 0.0
+    loops: tuple[tuple[int, float], ...] = ()
     refused: str = ""
 
     @property
     def bytes(self) -> int:
         """Most that a device holds at once: what goes in, what comes out in new places, and temporaries."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+    def expected_seconds(self, topology: Topology) -> float | None:
+        """By a TPU's compiler: its cycles, or the time to read what goes in and write what comes out, where
+        that is longer; None elsewhere. What it sends is not in it."""
+        if not self.cycles or not topology.chip.clock_hz:
+            return None
+        moved = self.arguments + self.outputs - self.aliased
+        return max(self.cycles / topology.chip.clock_hz, moved / topology.hbm_bandwidth)
 
 
 def compile_for(
@@ -166,7 +175,6 @@ def compile_for(
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    cost: Any = compiled.cost_analysis() or {}
     sizes = {} if mesh is None else dict(mesh.shape)
     return Compiled(
         memory.argument_size_in_bytes,
@@ -179,7 +187,7 @@ def compile_for(
         bytes_on_device(arguments, on_host=True) + memory.host_temp_size_in_bytes,
         tuple(collectives(text, sizes)) if len(topology.devices) > 1 else (),
         kernels(text),
-        cost.get("optimal_seconds") if topology.chip.platform == "tpu" else None,
+        *estimated_cycles(text),
     )
 
 

@@ -1,7 +1,7 @@
 """Times of sub-blocks on chips that are not at hand: by a roofline over their facts, or by their compilers.
 
-`roofline:h100` takes any chip with a file of facts; `compiled:v5e` a TPU, whose compiler estimates each
-program it makes (nothing runs). Both are of one device: what a mesh would send is not in them.
+`roofline:h100` takes any chip with a file of facts; `compiled:v5e` a TPU, whose compiler estimates the cycles
+of each program it makes (nothing runs). Both are of one device: what a mesh would send is not in them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def roofline_prices(chip_name: str, dtype: str) -> Prices:
 
 
 def compiled_prices(chip_name: str, dtype: str) -> Prices:
-    """What a TPU's compiler expects of each program; ValueError where it has no estimate for all of one."""
+    """What a TPU's compiler expects of each program: see `Compiled.expected_seconds`."""
     topology = open_topology(f"{chip_name}:{SMALLEST[chip_name]}")
 
     def sub_ms(arch: ArchSpec, part: Part, sub: Sub, step: Step) -> float:
@@ -76,9 +76,6 @@ def _estimate(topology: Topology, call: Call, what: str) -> float:
     name = topology.chip.name
     if compiled.refused:
         raise ValueError(f"cost.prices: {what}: no room on {name} ({compiled.refused[:120]})")
-    if not compiled.optimal_seconds or compiled.optimal_seconds <= 0:
-        raise ValueError(
-            f"cost.prices: {what}: expected an estimate of the compiler for {name}, got none; take "
-            f"roofline:{name}"
-        )
-    return 1e3 * compiled.optimal_seconds
+    seconds = compiled.expected_seconds(topology)
+    assert seconds is not None, "a TPU's compiler counts the cycles of every fusion"
+    return 1e3 * seconds

@@ -107,6 +107,10 @@ def as_text(plan: Plan, tokens: float | None, price: float | None) -> str:
             f"  at least {part.seconds:.4g} s: computing {part.compute_seconds:.4g}, memory "
             f"{part.memory_seconds:.4g}, sending {part.collective_seconds:.4g}"
         )
+        if part.expected_seconds is not None:
+            loops = ", ".join(f"{turns} x {seconds:.3g}" for turns, seconds in part.loops[:6])
+            expected = f"  its compiler expects {part.expected_seconds:.4g} s, sending not counted"
+            lines.append(expected + (f"; blocks: {loops}" if loops else ""))
         for one in part.compiled.collectives[:6]:
             axes, each = ", ".join(one.axes) or "?", one.bytes / max(one.count, 1) / 2**20
             lines.append(f"  {one.kind:<20}{axes:<16}{one.count:>8.0f} x {each:>9.2f} MiB")

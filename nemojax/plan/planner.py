@@ -33,6 +33,8 @@ class Part:
     times: float
     tokens: int
     model_flops: float
+    expected_seconds: float | None = None  # by the compiler of a TPU
+    loops: tuple[tuple[int, float], ...] = ()  # (turns, seconds of one) of its loops, the longest first
 
     @property
     def bytes(self) -> int:
@@ -56,7 +58,8 @@ class Part:
             "times": self.times,
             "collectives": [vars(one) | {"axes": list(one.axes)} for one in c.collectives],
             "kernels": dict(c.kernels or {}),
-            "compiler_seconds": c.optimal_seconds,
+            "compiler_seconds": self.expected_seconds,
+            "compiler_loops": [{"turns": n, "seconds": s} for n, s in self.loops],
             "compile_seconds": c.compile_seconds,
             "refused": c.refused,
         }
@@ -179,6 +182,8 @@ def _compiled(program: Program, work: Work, topology: Topology, mesh: Mesh) -> P
         program.times,
         program.tokens,
         program.model_flops,
+        compiled.expected_seconds(topology),
+        tuple((turns, cycles / topology.chip.clock_hz) for turns, cycles in compiled.loops),
     )
 
 

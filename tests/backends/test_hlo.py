@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nemojax.backends.hlo import Collective, collectives, kernels
+from nemojax.backends.hlo import Collective, collectives, estimated_cycles, kernels
 from nemojax.sharding import MeshConfig, make_mesh
 
 FOUR = {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
@@ -97,3 +97,33 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 def test_kernels_are_counted():
     text = 'a custom_call_target="tpu_custom_call", b custom_call_target="x" custom_call_target="x"'
     assert kernels(text) == {"tpu_custom_call": 1, "x": 2}
+
+
+def test_cycles_of_a_loop_count_as_often_as_it_turns():
+    """As libtpu writes them; a fusion has those of all that it does."""
+    text = """HloModule jit_f, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %e = f32[8]{0} exponential(%p)
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]) parameter(0)
+  %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"w":{"estimated_cycles":"700"}}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %f)
+}
+
+%condition (s: (s32[], f32[8])) -> pred[] {
+  %s = (s32[], f32[8]) parameter(0)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body, config={"known_trip_count":{"n":"5"}}
+  ROOT %g = f32[8]{0} fusion(%v), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"30"}
+}
+"""
+    assert estimated_cycles(text) == (5 * 700 + 30, ((5, 700.0),))
+    assert estimated_cycles(jax.jit(jnp.sin).lower(1.0).compile().as_text() or "") == (0.0, ())

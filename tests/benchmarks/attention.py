@@ -84,10 +84,12 @@ def describe(program: Any, seconds: float) -> str:
         set(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))
         | set(re.findall(r"splash_mha_(?:fwd|dq|dkv)", program.as_text()))
     )
-    estimate = (program.cost_analysis() or {}).get("optimal_seconds")
+    from nemojax.backends.hlo import estimated_cycles
+
+    cycles, _ = estimated_cycles(program.as_text())
     return (
         f"{program.memory_analysis().temp_size_in_bytes / 2**30:7.3f} GiB"
-        + (f"  estimate {1e3 * estimate:.1f} ms" if estimate else "")
+        + (f"  {cycles:.4g} cycles beside them" if cycles else "")
         + f"  compiled in {seconds:.0f} s  {' '.join(calls)}"
     )
 
