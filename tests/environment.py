@@ -3,3 +3,4 @@
 # Tests compile far more than they compute, and LLVM's optimiser is most of a compilation on a CPU. XLA's own
 # passes run as ever; users' processes have both.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+COMPUTES_LONG = {"xla_backend_optimization_level": 3}  # compiler options of the few programs that do
