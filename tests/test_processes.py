@@ -101,6 +101,19 @@ def get_config():
         "fit": {{"steps": {steps}, "log_every": 1}},
     }}
 """
+RL = """
+def get_config():
+    problems = {{"families": ["sort3"], "count": 12, "seed": 1}}
+    return {{
+        "model": {model!r},
+        "problems": problems | {{"split": "train"}},
+        "rollout": {{"num_prompts_per_step": 8, "num_generations_per_prompt": 4, "max_new_tokens": 8}}
+        | {{"updates": 2, "dump_every": 1}},
+        "loss": {{"reference_policy_kl_penalty": 0.1}},
+        "validation": {{"problems": problems | {{"count": 3}}, "max_new_tokens": 8}},
+        "fit": {{"steps": {steps}, "log_every": 1}},
+    }}
+"""
 DISTILL = """
 def get_config():
     return {{
@@ -145,6 +158,32 @@ def watched(self, batches):
 Clock.draw = watched
 sys.exit(main())
 """
+# Instead of a verifier, so that there is something to learn for a model that knows nothing: what an answer's
+# letters add up to. Rollouts are written to, or read from, RECORD.
+GRADED = """
+import pickle
+from nemojax.rewards.problems import Grade
+from nemojax.rl import grpo, rollout
+
+rollout.grade = lambda question, text: Grade((sum(map(ord, text)) % 7) / 6, 1.0)
+roll_out, rollouts = grpo.roll_out, 0
+
+def recorded(*arguments, **more):
+    global rollouts
+    rollouts += 1
+    path = f"{{os.environ['RECORD']}}.{{rollouts}}"
+    if os.environ.get("REPLAY"):
+        with open(path, "rb") as file:
+            return pickle.load(file)
+    found = roll_out(*arguments, **more)
+    if "RECORD" in os.environ:
+        with open(path, "wb") as file:
+            pickle.dump(found, file)
+    return found
+
+grpo.roll_out = recorded if "RECORD" in os.environ else roll_out
+sys.exit(main())
+"""
 LAUNCHER = Path(__file__).parent.parent / "launch" / "local_cluster.sh"
 
 
@@ -160,7 +199,8 @@ class Run:
     def __init__(self, stage: str, workdir: Path, recipe: Path, count: int, *extra: str, **env: str):
         program = workdir.parent / "bin" / "nemojax"
         program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(WORKER.format(python=sys.executable))
+        text = WORKER if stage != "rl" else WORKER.replace("sys.exit(main())\n", GRADED)
+        program.write_text(text.format(python=sys.executable))
         program.chmod(0o755)
         self.workdir, self.count = workdir, count
         self.rows_path = workdir.parent / f"{workdir.name}.rows{len(list(workdir.parent.iterdir()))}"
@@ -211,11 +251,11 @@ class Run:
         parts = [Path(f"{self.rows_path}.{i}").read_text().splitlines() for i in range(self.count)]
         return [row for rows in zip(*parts, strict=False) for row in rows]
 
-    def losses(self) -> np.ndarray:
+    def losses(self, name: str = "train/loss") -> np.ndarray:
         lines = map(json.loads, (self.workdir / "metrics.jsonl").read_text().splitlines())
-        rows = [row for row in lines if "train/loss" in row]
+        rows = [row for row in lines if name in row]
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-        return np.array([row["train/loss"] for row in rows])
+        return np.array([row[name] for row in rows])
 
     def said(self) -> list[str]:
         """What each process has written in this run."""
@@ -374,6 +414,35 @@ def test_fine_tuning_in_two_processes_equals_one(single, tmp_path):
     assert two.rows() == one.rows() and len(one.losses()) == STEPS
     np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
     assert result(one)["conversations"] == result(two)["conversations"]
+
+
+@pytest.mark.slow
+def test_reinforcement_learning_in_two_processes(single, tmp_path):
+    """On recorded rollouts, the losses of one process; left to themselves, the same first rollout."""
+    recipe = tmp_path / "rl.py"
+    recipe.write_text(RL.format(model=str(single.workdir), steps=STEPS))
+    record = str(tmp_path / "rollout")
+    one = Run("rl", tmp_path / "a" / "run", recipe, 1, RECORD=record).finish()
+    replayed = Run("rl", tmp_path / "b" / "run", recipe, 2, RECORD=record, REPLAY="1").finish()
+    # a policy's loss is all but zero before its second step: advantages sum to nothing
+    assert len(one.losses()) == STEPS and np.abs(one.losses()).max() > 1e-2
+    np.testing.assert_allclose(replayed.losses(), one.losses(), rtol=1e-5, atol=1e-6)
+    norms = [run.losses("train/grad_norm") for run in (replayed, one)]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    assert norms[0].min() > 0.1
+    alone = Run("rl", tmp_path / "c" / "run", recipe, 2).finish()
+    first = "samples/train_data_rollout1.jsonl"
+    for other in (replayed, alone):
+        assert (other.workdir / "validation_start.jsonl").read_text() == (
+            one.workdir / "validation_start.jsonl"
+        ).read_text()
+    drawn, again = (
+        [json.loads(line) for line in (run.workdir / first).read_text().splitlines()] for run in (one, alone)
+    )
+    assert [row["token_ids"] for row in drawn] == [row["token_ids"] for row in again] and len(drawn) == 32
+    for name in ("reward", "advantage", "generation_logprobs"):
+        np.testing.assert_allclose(*([row[name] for row in rows][0] for rows in (drawn, again)), rtol=1e-3)
+    assert result(alone)["before"] == result(one)["before"] and len(alone.losses()) == STEPS
 
 
 @pytest.mark.slow

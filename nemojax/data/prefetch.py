@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 import weakref
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nemojax.data.packing import Batch
+from nemojax.hosts import of_all
 
 END_SECONDS = 5.0  # how long a thread is waited for that should end
 
@@ -130,7 +130,7 @@ class PrefetchShares(Prefetch):
         self._index, self._count = process_index, process_count
 
     def state(self) -> dict[str, Any]:
-        return {"processes": _of_all(self._last.state, self._count)}
+        return {"processes": of_all(self._last.state) if self._count > 1 else [self._last.state]}
 
     def restore(self, state: dict[str, Any]) -> None:
         states = state.get("processes", [state] * self._count)
@@ -141,19 +141,6 @@ class PrefetchShares(Prefetch):
                 "shards with nemojax tokenize, from which any number goes on"
             )
         super().restore(states[self._index])
-
-
-def _of_all(value: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The value of every process, in all of them."""
-    if count == 1:
-        return [value]
-    from jax.experimental.multihost_utils import process_allgather
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.asarray(process_allgather(np.int32(text.size)))
-    assert len(sizes) == count, (sizes, count)
-    texts = np.asarray(process_allgather(np.pad(text, (0, int(sizes.max()) - text.size))))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 
 def _make(batches: Batches) -> _Made:

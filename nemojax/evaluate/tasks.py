@@ -23,6 +23,7 @@ from nemojax.data.tokenizer import Tokenizer
 from nemojax.generate.local import LocalGenerator, Model, batch_config, encode_request, prepared
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
+from nemojax.generate.shares import answered, weights_here
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import MODES, ProblemSet, Question, Thinking, grade, load_problems
 
@@ -57,26 +58,31 @@ def ask_all(
     compute: Compute = Compute(),
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[Record]:
-    """`ask` of a model in this process. ValueError for a prompt that fills the context."""
+    """`ask` of a model here, in one process or several. ValueError for a prompt that fills the context."""
+    params, mesh = weights_here(params, arch, mesh, compute)
     model = prepared(Model(arch, tokenizer, params, compute, mesh))
     requests = [request for _, request in _make_requests(cfg)]
     room = max(len(encode_request(model, request)) for request in requests) + cfg.max_new_tokens
     engine = batch_config(model, len(requests) * cfg.samples, room, cfg.max_batch)
-    return ask(LocalGenerator(model, engine), cfg)
+    local = LocalGenerator(model, engine)
+    return answered(len(requests), 1, lambda mine: ask(local, cfg, mine))
 
 
-def ask(generator: Generator, cfg: TasksConfig) -> list[Record]:
+def ask(generator: Generator, cfg: TasksConfig, only: Sequence[int] | None = None) -> list[Record]:
     """One record for each prompt and setting of the toggle, always in the same order; what is drawn depends
     on the generator and the configuration alone. `max_batch` is a local engine's, a server has its own.
+    `only`: numbers of the requests that are asked.
 
     {"family", "thinking", "index", "prompt", "reference", "accuracy": [a number or None for each answer],
     "form", "text", "tokens", "finished"}.
     """
     asked = _make_requests(cfg)
     num_problems = len(asked) // len(MODES[cfg.thinking])
-    answered = generator.answer([request for _, request in asked])
+    places = range(len(asked)) if only is None else only
+    found = generator.answer([asked[place][1] for place in places])
     records: list[Record] = []
-    for place, ((question, _), answers) in enumerate(zip(asked, answered, strict=True)):
+    for place, answers in zip(places, found, strict=True):
+        question, _ = asked[place]
         texts = [answer.text for answer in answers]
         grades = [grade(question, text) for text in texts]
         records.append(

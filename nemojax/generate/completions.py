@@ -44,6 +44,7 @@ def generate(
     mesh: jax.sharding.Mesh | None = None,
     new_capacity: int = 0,
     cfg: EngineConfig = BATCH,
+    only: Sequence[int] | None = None,
 ) -> list[Completion]:
     """A completion for each prompt, in order.
 
@@ -51,26 +52,28 @@ def generate(
     within a set of shapes. `sampling`: one for all, or one for each. New tokens are limited by its
     `max_new_tokens` and by the context. Equal prompts are read once. `new_capacity`: room for at least so
     many, so that calls with different limits share their programs. `cfg`: the engine's, less its size.
+    `only`: numbers of the prompts that are completed, with the keys that they have among all.
     ValueError for an empty prompt, one that fills the context, an id outside the vocabulary, or another
     number of samplings than of prompts.
     """
-    if not prompts:
+    if not prompts or (only is not None and not only):
         return []
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
     if len(each) != len(prompts):
         raise ValueError(f"sampling: expected one for each of the {len(prompts)} prompts, got {len(each)}")
     new = max(new_capacity, *(s.max_new_tokens for s in each))
     capacity = _round_up(max(map(len, prompts)) + min(new, arch.context), _MULTIPLE)
-    slots = min(max_batch, _round_up(len(prompts), 8))
+    numbers = range(len(prompts)) if only is None else only
+    slots = min(max_batch, _round_up(len(numbers), 8))
     cfg = dataclasses.replace(cfg, slots=slots, context=min(capacity, arch.context))
-    keys = jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(prompts))))
+    keys = jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(numbers)))
     stops = tuple(sorted(eos_ids))
     jobs = [
-        Job(tuple(prompt), s, (high, low), stops)
-        for prompt, s, (high, low) in zip(prompts, each, np.asarray(keys).tolist(), strict=True)
+        Job(tuple(prompts[i]), each[i], (high, low), stops)
+        for i, (high, low) in zip(numbers, np.asarray(keys).tolist(), strict=True)
     ]
     engine = Engine(params, arch, cfg, compute=compute, mesh=mesh)
-    for i, job in enumerate(jobs):
+    for i, job in zip(numbers, jobs, strict=True):
         try:
             engine.check(job)
         except ValueError as error:

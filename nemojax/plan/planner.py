@@ -160,7 +160,7 @@ def _caveat(work: Work, mesh: Mesh) -> str:
             "a row is shared by devices of several hosts, and no stage reads rows so: keep tensor x context "
             "within a host"
         )
-    if work.step in ("generate", "rl") and len({d.process_index for d in mesh.devices.flat}) > 1:
+    if work.step == "generate" and len({d.process_index for d in mesh.devices.flat}) > 1:
         return f"{work.step} runs on one host"
     return ""
 

@@ -1,6 +1,7 @@
 """The `rl` stage: group relative policy optimisation on problems whose answers can be checked.
 
-It is the same loop as every other stage; only its batches are sampled from the current weights.
+It is the same loop as every other stage; only its batches are sampled from the current weights. Several
+processes each generate for their share of the prompts, and train together.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.checkpoints.artifact import load_model
+from nemojax.checkpoints.store import to_host
 from nemojax.config import field, required
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.evaluate.tasks import (
@@ -31,6 +34,7 @@ from nemojax.evaluate.tasks import (
     save_records,
     summarise,
 )
+from nemojax.hosts import is_primary, on_primary
 from nemojax.losses.policy import PolicyLossConfig
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig
@@ -38,11 +42,11 @@ from nemojax.rewards.problems import MODES, ProblemSet, Question, ask, load_prob
 from nemojax.rl.curriculum import CurriculumConfig, Gaussian, Uniform
 from nemojax.rl.loss import grpo_loss, policy_logps
 from nemojax.rl.rollout import RolloutConfig, dump, pack, roll_out
-from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh, whole_rows
+from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh, ways_of, whole_rows
 from nemojax.stage import run_stage, start_artifact, write_json
 from nemojax.train import FitConfig, fit
 
-_BUCKET = 32  # row lengths are a multiple of this, and row numbers of _ROWS
+_BUCKET = 32  # row lengths are a multiple of this, and row numbers of _ROWS and of devices
 _ROWS = 8
 _MAX_TRIES = 10  # rollouts in a row without any signal before giving up
 
@@ -70,7 +74,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     Returns pass@1 on held-out problems before and after, and for each setting of the toggle and overall the
     paired difference with its 95% bootstrap interval.
     """
-    return run_stage("rl", cfg, workdir, [cfg.model], lambda path: _train(cfg, path))
+    return run_stage("rl", cfg, workdir, [cfg.model], lambda path: _train(cfg, path), many_processes=True)
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
         seed=cfg.seed,
     )
     after = validate(params)
-    save_records(workdir / "validation_end.jsonl", after)
+    on_primary(lambda: save_records(workdir / "validation_end.jsonl", after))
     return {
         "before": summarise(before),
         "after": summarise(after),
@@ -123,13 +127,14 @@ def _gains(before: list[Record], after: list[Record]) -> dict[str, dict[str, flo
 
 def _kept(path: Path, make: Callable[[], list[Record]]) -> list[Record]:
     """Records made once and read again by a resumed run."""
-    if not path.is_file():
-        save_records(path, make())
-    return load_records(path)
+    if not on_primary(path.is_file):
+        records = make()  # by all processes
+        on_primary(lambda: save_records(path, records))
+    return on_primary(lambda: load_records(path))
 
 
 class Rollouts:
-    """The batches of `fit`: sampled from the weights that `bind` gives access to.
+    """The batches of `fit`: sampled from the weights that `bind` gives access to, by all processes together.
 
     `state()` holds the place in the problems and what is left of the last rollout, so that a resumed run
     continues with the same numbers.
@@ -167,6 +172,8 @@ class Rollouts:
                 params, arch, batch, temperature=cfg.rollout.temperature, compute=cfg.compute
             )
         )
+        with use_mesh(mesh):
+            self._multiple = math.lcm(_ROWS, ways_of("batch"))
         self._order = self._make_order()
         self._rollout, self._rows = 0, 0
         self._pending: list[dict[str, np.ndarray]] = []
@@ -183,7 +190,10 @@ class Rollouts:
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._pending:
             self._sample()
-        return self._pending.pop(0)
+        batch = self._pending.pop(0)
+        share = len(batch["tokens"]) // jax.process_count()
+        first = jax.process_index() * share  # its devices follow each other in the mesh
+        return {name: value[first : first + share] for name, value in batch.items()}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -211,7 +221,7 @@ class Rollouts:
             self._rollout, reward = self._rollout + 1, metrics["reward"]
             self.metrics = {f"train/{name}": value for name, value in metrics.items()}
             self.ids = [f"{q.problem.family}: {q.problem.prompt}" for q in questions]
-            if cfg.dump_every and (self._rollout - 1) % cfg.dump_every == 0:
+            if is_primary() and cfg.dump_every and (self._rollout - 1) % cfg.dump_every == 0:
                 dump(self._workdir / "samples" / f"train_data_rollout{self._rollout}.jsonl", samples)
             share = len(questions) // cfg.updates * group
             parts = [samples[i : i + share] for i in range(0, len(samples), share)]
@@ -233,16 +243,15 @@ class Rollouts:
         return [self._questions[index, modes[(first + n) % len(modes)]] for n, index in enumerate(chosen)]
 
     def _batch(self, samples: list) -> dict[str, np.ndarray]:
-        batch = pack(
-            samples, self._length, self._rows, _ROWS * self._cfg.fit.accumulate, self._tokenizer.pad_id
-        )
+        multiple = self._multiple * self._cfg.fit.accumulate
+        batch = pack(samples, self._length, self._rows, multiple, self._tokenizer.pad_id)
         self._rows = len(batch["tokens"])
         with use_mesh(self._mesh):
-            placed = place_batch(batch, self._mesh)
+            placed = place_batch(batch, self._mesh, shared=True)
             if self._cfg.rollout.updates > 1:
-                batch["old_logps"] = np.asarray(self._score(self._params(), placed))
+                batch["old_logps"] = to_host(self._score(self._params(), placed))
             if self._reference is not None:
-                batch["ref_logps"] = np.asarray(self._score(self._reference, placed))
+                batch["ref_logps"] = to_host(self._score(self._reference, placed))
         return batch
 
     def _row_length(self) -> int:
@@ -254,9 +263,11 @@ class Rollouts:
         if not cfg.samples:
             return Uniform(len(self._problems), self._cfg.seed)
         path = self._workdir / "pass_rates.json"
-        if not path.is_file():
-            write_json(path, self._pass_rates(cfg.samples))
-        return Gaussian(np.array(json.loads(path.read_text())), cfg, self._cfg.seed)
+        if not on_primary(path.is_file):
+            rates = self._pass_rates(cfg.samples)  # by all processes
+            on_primary(lambda: write_json(path, rates))
+        rates = on_primary(lambda: json.loads(path.read_text()))
+        return Gaussian(np.array(rates), cfg, self._cfg.seed)
 
     def _pass_rates(self, samples: int) -> list[float]:
         """Each problem's pass rate under the starting policy, over the settings of the toggle."""
