@@ -316,6 +316,17 @@ def test_two_processes_equal_one(single, double):
 
 
 @pytest.mark.slow
+def test_each_process_writes_its_own_shards(single, double):
+    saved = double.workdir / "checkpoints" / str(STEPS)
+    for item in ("params", "state"):
+        data = {path.parent.parent.name for path in (saved / item).glob("ocdbt.process_*/d/*")}
+        assert data == {"ocdbt.process_0", "ocdbt.process_1"}, data
+    (arch, ours), (other, theirs) = (load_params(run.workdir) for run in (double, single))
+    assert arch == other
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.slow
 def test_what_is_done_is_skipped_or_refused_by_all(recipes, double):
     again = Run("pretrain", double.workdir, recipes / "short.py", 2).finish()
     assert not list(again.rows_path.parent.glob(f"{again.rows_path.name}.[01]"))  # nothing was trained

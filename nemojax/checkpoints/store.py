@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.sharding import HOST_MEMORY
 from nemojax.tree import from_paths
 
 LAZY_BYTES = 2 << 30  # lazily loaded arrays held in host memory at once; a larger one goes alone
@@ -54,23 +55,45 @@ def split_run(path: str, arch: ArchSpec | None) -> tuple[str, str, tuple[int, ..
     return before, after, arch.runs()[int(parts[at + 1])].layers
 
 
-def canonical(tree: Any, arch: ArchSpec | None) -> dict[str, np.ndarray]:
-    """Flat {canonical path: host array} of a pytree in the memory layout (or already canonical).
+def canonical(tree: Any, arch: ArchSpec | None) -> dict[str, Any]:
+    """Flat {canonical path: array in host memory} of a pytree in the memory layout (or already canonical).
 
     Device arrays are copied to the host once; a layer of a run is a view of that copy, so nothing is
-    added on the device and nothing twice on the host. PRNG keys become their raw data.
+    added on the device and nothing twice on the host. PRNG keys become their raw data. Of an array that lies
+    over several processes each has its own shards alone, as a jax.Array that Orbax writes together.
     """
     flat: dict[str, Any] = {}
     for path, leaf in flat_paths(tree).items():
         where = split_run(path, arch)
-        host = to_host(leaf)
+        shared = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
         if where is None:
-            flat[path] = host
+            flat[path] = _own_shards(leaf)[0] if shared else to_host(leaf)
             continue
         before, after, layers = where
+        parts = _own_shards(leaf, len(layers)) if shared else to_host(leaf)
         for i, layer in enumerate(layers):
-            flat[f"{before}layers/{layer}{after}"] = host[i]
+            flat[f"{before}layers/{layer}{after}"] = parts[i]
     return flat
+
+
+def _own_shards(leaf: jax.Array, layers: int = 0) -> list[jax.Array]:
+    """A copy in host memory of which each process has its own shards: of every layer of a stack, or whole."""
+    place: Any = leaf.sharding
+    shape, spec = (leaf.shape[1:], place.spec[1:]) if layers else (leaf.shape, place.spec)
+    there = jax.NamedSharding(place.mesh, jax.P(*spec), memory_kind=HOST_MEMORY)
+    copies = [(shard.device, np.array(shard.data)) for shard in leaf.addressable_shards]
+
+    def one(layer: int | None) -> jax.Array:
+        parts = [
+            jax.device_put(
+                host if layer is None else host[layer],
+                jax.sharding.SingleDeviceSharding(device, memory_kind=HOST_MEMORY),
+            )
+            for device, host in copies
+        ]
+        return jax.make_array_from_single_device_arrays(shape, there, parts)
+
+    return [one(layer) for layer in range(layers)] if layers else [one(None)]
 
 
 def to_host(leaf: Any) -> Any:
@@ -81,6 +104,8 @@ def to_host(leaf: Any) -> Any:
         return np.array(leaf)
     if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
+    if leaf.is_fully_replicated and not leaf.is_fully_addressable:
+        leaf = leaf.addressable_data(0)
     if not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
 
@@ -162,7 +187,7 @@ def handler() -> Any:
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, _Arrays(deepcopy_host_arrays=False)),
         (LazyArray, _Lazy(deepcopy_host_arrays=False)),
-        (jax.Array, type_handlers.ArrayHandler()),
+        (jax.Array, type_handlers.ArrayHandler(enable_write_sharding_file=False)),
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
