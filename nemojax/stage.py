@@ -59,7 +59,7 @@ def run_stage(
         hosts.start_processes()
     else:
         expect_one_process(name)
-    workdir = Path(workdir)
+    workdir = directory(workdir)
     with hosts.failing_together(), contextlib.ExitStack() as held:
         wanted = hosts.on_primary(lambda: _record(name, cfg, inputs))
         done = hosts.on_primary(lambda: _begin(workdir, wanted, held))
@@ -68,6 +68,16 @@ def run_stage(
         start = time.perf_counter()
         result = to_dict(dict(body(workdir)))
         return hosts.on_primary(lambda: _finish(workdir, wanted, result, time.perf_counter() - start))
+
+
+def directory(path: str | os.PathLike) -> Path:
+    """A work directory. ValueError for an address, of which a path would make a folder called `gs:`."""
+    if "://" in os.fspath(path):
+        raise ValueError(
+            f"workdir: expected a directory, got {path}; mount the bucket (gcsfuse, mountpoint-s3) and name "
+            "the directory there"
+        )
+    return Path(path)
 
 
 def expect_one_process(name: str) -> None:

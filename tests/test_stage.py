@@ -98,6 +98,16 @@ def test_a_file_in_place_of_the_directory(tmp_path):
         run_stage("sft", Config(), tmp_path / "run", [], Body())
 
 
+def test_an_address_in_place_of_the_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = Body()
+    with pytest.raises(
+        ValueError, match="workdir: expected a directory, got gs://bucket/run; mount the bucket"
+    ):
+        run_stage("sft", Config(), "gs://bucket/run", [], body)
+    assert not body.calls and not list(tmp_path.iterdir())
+
+
 def test_another_format_version(tmp_path):
     run_stage("sft", Config(), tmp_path, [], Body())
     stored = json.loads((tmp_path / CONFIG).read_text())
