@@ -114,9 +114,10 @@ def _changes(plan: Plan, mesh: MeshConfig) -> Iterator[Change]:
     for other in meshes(plan.topology):
         if other != mesh:
             yield change(f"mesh={words_of(other)}", mesh=other)
-    if work.step in ("train", "distill", "rl") and not work.training.offload:
+    trains = work.step in ("train", "distill", "rl")
+    if trains and plan.topology.chip.platform == "tpu" and not work.training.offload:
         yield change("offload", training=replace(work.training, offload=True))
-    if work.step in ("train", "distill", "rl") and work.training.weights == "float32":
+    if trains and work.training.weights == "float32":
         yield change("weights=bfloat16", training=replace(work.training, weights="bfloat16"))
     if work.step == "generate":
         for count in (work.batch // 2**i for i in range(1, work.batch.bit_length())):

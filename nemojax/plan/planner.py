@@ -170,6 +170,7 @@ def plan_mesh(config: MeshConfig, topology: Topology) -> Mesh:
 
 
 def _compiled(program: Program, work: Work, topology: Topology, mesh: Mesh) -> Part:
+    mesh = program.mesh or mesh
     compiled = compile_for(topology, program.jitted, *program.arguments, mesh=mesh, **program.static)
     return Part(
         program.name,

@@ -35,7 +35,16 @@ from nemojax.model.llama import Compute, Remat
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.plan.loads import Shares, optimiser_load
 from nemojax.rl.loss import grpo_loss
-from nemojax.sharding import BATCH_AXES, RULES, shardings_like, shardings_of, spec_of
+from nemojax.sharding import (
+    BATCH_AXES,
+    HOST_MEMORY,
+    RULES,
+    MeshConfig,
+    make_mesh,
+    shardings_like,
+    shardings_of,
+    spec_of,
+)
 from nemojax.train import LossFn, lm_loss, make_step
 
 Step = Literal["train", "distill", "generate", "rl", "bld", "score"]
@@ -99,7 +108,7 @@ class Work:
 class Program:
     """One compiled program of a step. `load`: of one device; `model_flops`: of all, nothing counted twice;
     `tokens`: that it gets done; `times`: runs in a step. `held`: {what: arrays} of its arguments, `beside`:
-    what else the devices hold while it runs."""
+    what else the devices hold while it runs. `mesh`: where that is another than the plan's."""
 
     name: str
     jitted: Any
@@ -111,6 +120,7 @@ class Program:
     static: Mapping[str, Any] = data_field(default_factory=dict)
     held: Mapping[str, Any] = data_field(default_factory=dict)
     beside: Mapping[str, Any] = data_field(default_factory=dict)
+    mesh: Mesh | None = None
 
 
 def programs_of(work: Work, mesh: Mesh) -> list[Program]:
@@ -172,6 +182,12 @@ def _trained(
     work: Work, mesh: Mesh, loss: LossFn, frozen: Any, batch: Any, held: Mapping[str, Any]
 ) -> Program:
     t = work.training
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if t.offload and everywhere.with_memory_kind(HOST_MEMORY).memory_kind != HOST_MEMORY:
+        raise ValueError(
+            "offload: expected devices whose host memory jax knows; of GPUs that are not at hand it knows "
+            "none, so plan without it: the moments then count as theirs"
+        )
     tx = make_optimizer(OptimConfig(name=t.optimizer), 1000)
     params = abstract_params(work.arch, mesh, t.weights)
     moments = jax.eval_shape(tx.init, params)
@@ -256,13 +272,23 @@ def _generation(
 
 
 def _rl(work: Work, mesh: Mesh) -> list[Program]:
-    """A policy step, and the rollout before it, beside which are the trained weights and their optimiser."""
+    """A policy step, and the rollout before it, beside which are the trained weights and their optimiser.
+
+    Each host generates its share of the answers with all the weights on its own devices.
+    """
     loss = grpo_loss(work.arch, PolicyLossConfig(), compute=work.compute, chunk=work.training.loss_chunk)
     names = TEXT | dict.fromkeys(("sampler_logps", "advantages"), jnp.float32)
     step = replace(_trained(work, mesh, loss, None, _rows(work, mesh, names), {}), name="policy step")
     beside = {"trained weights": step.held["parameters"], "optimiser": step.held["optimiser"]}
-    written = work.generated or work.context // 2
-    decode, prefill = _generation(work, mesh, work.answers or work.batch, beside, work.context - written / 2)
+    written, answers = work.generated or work.context // 2, work.answers or work.batch
+    hosts = len({device.process_index for device in mesh.devices.flat})
+    first = [d for d in mesh.devices.flat if d.process_index == mesh.devices.flat[0].process_index]
+    here = make_mesh(MeshConfig(tensor=mesh.shape["tensor"]), first, planned=True) if hosts > 1 else mesh
+    with jax.set_mesh(here):
+        rollout = _generation(work, here, -(-answers // hosts), beside, work.context - written / 2)
+    decode, prefill = (
+        replace(p, mesh=here, tokens=p.tokens * hosts, model_flops=p.model_flops * hosts) for p in rollout
+    )
     return [step, replace(decode, times=float(written)), prefill]
 
 

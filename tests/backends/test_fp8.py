@@ -21,7 +21,7 @@ from nemojax.model.layout import split_layers
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import MeshConfig, make_mesh, use_mesh
 from nemojax.train import TrainState, lm_loss, make_step
-from tests.environment import COMPUTES_LONG
+from tests.environment import OPTIMISED
 
 SIZES = dict(B=2, T=3, D=8, N=2, K=2, H=4, F=6, E=8)
 FORMS = ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "BTF,FD->BTD", "BTD,DE->BTE"]
@@ -237,7 +237,7 @@ def losses(kind: str, steps: int) -> np.ndarray:
     params = jax.jit(llama.init_params, static_argnums=0)(arch, jax.random.key(0))
     state = TrainState(jnp.int32(0), params, tx.init(params), None, jax.random.key(0), jnp.int32(0))
     loss = lm_loss(arch, llama.Compute("bfloat16", matmul=kind))  # pyright: ignore[reportArgumentType]
-    step = jax.jit(make_step(loss, tx), donate_argnums=0, compiler_options=COMPUTES_LONG)
+    step = jax.jit(make_step(loss, tx), donate_argnums=0, compiler_options=OPTIMISED)
     rng, weights, found = np.random.default_rng(0), np.ones((8, 64), np.float32), []
     for _ in range(steps):
         rows = text[rng.integers(0, len(text) - 64, (8, 1)) + np.arange(65)]

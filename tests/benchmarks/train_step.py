@@ -1,6 +1,7 @@
 """Training step of a 5.2M-parameter Llama: nemojax beside transformers + torch on the same CPU.
 
     python tests/benchmarks/train_step.py [--rounds=5] [--steps=5]
+    python tests/benchmarks/train_step.py --sharded     # beside itself on eight virtual devices
 
 The two run in alternating subprocesses, each warmed up; the medians over rounds of tokens per second,
 of CPU seconds per step and of their ratios are printed. f32, AdamW, clipping to 1, batch 32 x 128. Both
@@ -8,6 +9,8 @@ run with memory in large pages, as the command line does.
 """
 
 import argparse
+import functools
+import os
 from typing import Any
 
 from tests.benchmarks import model
@@ -16,19 +19,27 @@ from tests.benchmarks.alternate import Contender, Numbers, compare, make_parser,
 ROWS, LENGTH = 32, 128
 
 
-def run_jax(args: argparse.Namespace) -> Numbers:
+def run_jax(args: argparse.Namespace, devices: int = 1, **axes: int) -> Numbers:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     import jax
     import numpy as np
 
     from nemojax.model import llama
     from nemojax.model.llama import Compute
     from nemojax.optim import OptimConfig, make_optimizer
+    from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
     from nemojax.train import init_state, lm_loss, make_step
 
     arch = model.our_arch(LENGTH)
     tx = make_optimizer(OptimConfig(schedule="constant"), 1000)
-    state = init_state(llama.init_params(arch, jax.random.key(0)), tx, jax.random.key(1))
-    step = jax.jit(make_step(lm_loss(arch, Compute(unroll=model.LAYERS)), tx), donate_argnums=0)
+    mesh = make_mesh(MeshConfig(**axes))
+    with use_mesh(mesh):
+        placed = llama.param_shardings(arch, mesh) if devices > 1 else None
+        make = jax.jit(lambda key: llama.init_params(arch, key), out_shardings=placed)
+        state = init_state(make(jax.random.key(0)), tx, jax.random.key(1))
+    places = jax.tree.map(lambda x: x.sharding, state) if devices > 1 else None
+    loss = lm_loss(arch, Compute(unroll=model.LAYERS))
+    step = jax.jit(make_step(loss, tx, places=places), donate_argnums=0, out_shardings=(places, None))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = {
@@ -41,7 +52,8 @@ def run_jax(args: argparse.Namespace) -> Numbers:
 
     def once() -> float:
         nonlocal state
-        state, metrics = step(state, None, batch)
+        with use_mesh(mesh):
+            state, metrics = step(state, None, place_batch(batch, mesh))
         return float(metrics["loss"])
 
     return measure(once, args.steps)
@@ -73,11 +85,20 @@ def measure(once, steps: int) -> Numbers:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--sharded", action="store_true", help="one device beside meshes of eight")
     args = parser.parse_args()
-    contenders = {
-        "nemojax": Contender(run_jax, ["nemojax", "jax"]),
-        "torch": Contender(run_torch, ["transformers", "torch"]),
-    }
+    ours = ["nemojax", "jax"]
+    if args.sharded:
+        meshes = {"fsdp 8": {"fsdp": 8}, "data 8": {"data": 8, "fsdp": 1}, "fsdp 4 tensor 2": {"tensor": 2}}
+        contenders = {"one device": Contender(run_jax, ours)} | {
+            name: Contender(functools.partial(run_jax, devices=8, **axes), ours)
+            for name, axes in meshes.items()
+        }
+    else:
+        contenders = {
+            "nemojax": Contender(run_jax, ours),
+            "torch": Contender(run_torch, ["transformers", "torch"]),
+        }
     compare(__file__, args, contenders, ["tokens_per_second", "cpu_seconds"])
 
 

@@ -13,6 +13,7 @@ from nemojax.model.layout import split_layers
 from nemojax.model.llama import Compute
 from nemojax.sharding import MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.train import lm_loss
+from tests.environment import OPTIMISED
 
 
 def full(kv=2, width=64):
@@ -221,7 +222,8 @@ def value_on(params, mesh):
             total, weight, _ = loss_fn(p, None, b, jax.random.key(0))
             return total / weight
 
-        loss, grads = jax.jit(jax.value_and_grad(mean))(placed, place_batch(batch, mesh))
+        step = jax.jit(jax.value_and_grad(mean), compiler_options=OPTIMISED)
+        loss, grads = step(placed, place_batch(batch, mesh))
     return float(loss), jax.device_get(grads)
 
 
