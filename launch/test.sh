@@ -45,5 +45,5 @@ echo "lint and types: ${SECONDS} s"
 # One worker a core up to eight; tests of one file stay together, since they share compiled functions.
 WORKERS=$(getconf _NPROCESSORS_ONLN)
 [ "$WORKERS" -gt 8 ] && WORKERS=8
-python -m pytest -q -rs -n "$WORKERS" --dist loadfile "${MARKERS[@]}" "$@"
+python -m pytest -q -rs -n "$WORKERS" --dist loadfile --no-loadscope-reorder "${MARKERS[@]}" "$@"
 echo "passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 MAPS = Path("/proc/self/maps")
 MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process; a few thousand are added by one large file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests begin first, so that no worker is left alone with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -236,8 +236,9 @@ def test_training_and_measuring_equal_one_device(params, tmp_path):
     batches = [make_batch(4, 64, sizes, seed) for seed, sizes in enumerate(([64], [40, 20], [7, 50, 3]))]
     one = trained(params, batches, None, tmp_path / "one")
     eight = trained(params, batches, mesh_over(fsdp=2, context=2, tensor=2), tmp_path / "eight")
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    # AdamW makes as much of a gradient that is all rounding as of any other: as a whole, weights move alike
+    for a, b, start in zip(*map(jax.tree.leaves, (one, eight, params)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a - start)
     heldout = {"whole": batches[:1], "packed": [make_batch(3, 64, [30, 33], 7), *batches[1:]]}
     want = heldout_loss(one, MIXED, heldout)
     assert list(want) == ["whole", "packed", "loss"]
