@@ -40,10 +40,13 @@ class Job:
 
     def start(self, workdir: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "nemojax.cli", self.stage]
+        # compiled programs are kept, as users' are, also by those that are killed
+        programs = {"NEMOJAX_COMPILATION_CACHE": str(self.recipe.parent / "programs")}
+        programs |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with open(f"{workdir}.log", "a") as log:
             return subprocess.Popen(
                 [*command, f"--config={self.recipe}", f"--workdir={workdir}"],
-                env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION},
+                env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION} | programs,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
