@@ -77,9 +77,7 @@ class RunLog:
 
     def _tensorboard(self) -> Any:
         if self._board is None:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(self.workdir / TENSORBOARD), purge_step=self._purge)
+            self._board = _summary_writer()(str(self.workdir / TENSORBOARD), purge_step=self._purge)
         return self._board
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
@@ -147,3 +145,16 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}") from error
     return rows
+
+
+def _summary_writer() -> Any:
+    """tensorboardX's, without the torch that it would import, for seconds, wherever there is one."""
+    loaded = "torch" in sys.modules
+    if not loaded:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]  # as if it were not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if not loaded:
+            del sys.modules["torch"]
+    return SummaryWriter

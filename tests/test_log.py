@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -47,3 +49,15 @@ def test_progress_says_how_long():
     assert describe_progress("rl", 3, None, {"reward": 0.5}, None) == "rl 3  reward 0.5"
     assert describe_progress("rl", 3, 9, {}, 80.4).endswith("1:20 left")
     assert [format_seconds(s) for s in (9, 545, 3723)] == ["0:09", "9:05", "1:02:03"]
+
+
+def test_a_log_loads_no_torch(tmp_path):
+    """tensorboardX would, wherever it is installed: seconds of every run."""
+    code = (
+        "import sys; from nemojax.log import RunLog; log = RunLog(sys.argv[1], total_steps=1); "
+        "log.write(1, {'train/loss': 1.0}); log.close(); "
+        "print(sorted({'torch', 'tensorboardX'} & {*sys.modules}))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['tensorboardX']" and list(tmp_path.rglob("events.*"))
