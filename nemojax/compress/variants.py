@@ -81,7 +81,10 @@ class Library:
         curve: np.ndarray,
         about: Mapping[str, Any],
     ) -> None:
-        """Writes one variant, by one transaction. about: what JSON can say of how it was made."""
+        """Writes one variant, its entry last: one whose writing was cut off is not there.
+
+        about: what JSON can say of how it was made.
+        """
         import tensorstore as ts
 
         name, prefix = kind_name(part, child), f"{layer:03d}/"
@@ -98,9 +101,9 @@ class Library:
                 writes.append(target.write(array))
             for one in writes:
                 one.result()
-            entry = {**about, "weights": sorted(arrays)}
-            store.with_transaction(transaction)[f"{prefix}entry.json"] = json.dumps(entry).encode()
             transaction.commit_async().result()
+            entry = {**about, "weights": sorted(arrays)}
+            store.write(f"{prefix}entry.json", json.dumps(entry).encode()).result()
 
         self._ask(name, write)
 
