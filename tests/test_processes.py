@@ -451,8 +451,9 @@ def test_reinforcement_learning_in_two_processes(single, tmp_path):
         [json.loads(line) for line in (run.workdir / first).read_text().splitlines()] for run in (one, alone)
     )
     assert [row["token_ids"] for row in drawn] == [row["token_ids"] for row in again] and len(drawn) == 32
-    for name in ("reward", "advantage", "generation_logprobs"):
-        np.testing.assert_allclose(*([row[name] for row in rows][0] for rows in (drawn, again)), rtol=1e-3)
+    for one_of, other_of in zip(drawn, again, strict=True):
+        for name in ("reward", "advantage", "generation_logprobs"):
+            np.testing.assert_allclose(one_of[name], other_of[name], rtol=1e-3, atol=1e-4)
     assert result(alone)["before"] == result(one)["before"] and len(alone.losses()) == STEPS
 
 
