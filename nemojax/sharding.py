@@ -1,8 +1,10 @@
 """Mesh axes, the rules that map logical axes onto them, and shardings for whole trees.
 
 Axes: `slice` and `data` replicate parameters, `fsdp` shards them (all three split the batch), `context`
-splits the positions of a row, `tensor` splits heads, feed-forward channels and the vocabulary. "pjit
-sharding" is `jax.jit(in_shardings=, out_shardings=)` under `jax.set_mesh` with Auto axes.
+splits the positions of a row, `tensor` splits heads, feed-forward channels and the vocabulary, and between
+sub-blocks the positions too (sequence parallelism, arXiv:2205.05198): what is kept for the backward pass is
+whole nowhere, and an all-reduce becomes a scatter and a gather of the same bytes. "pjit sharding" is
+`jax.jit(in_shardings=, out_shardings=)` under `jax.set_mesh` with Auto axes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ HOST_MEMORY = "pinned_host"  # of a device's host, from where it is copied witho
 RULES: Mapping[str, str | tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "length": "context",
+    "stream": ("context", "tensor"),  # positions of the residual stream between sub-blocks
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -276,20 +279,20 @@ def platform() -> str:
 
 
 def spec_of(shape: Sequence[int], *logical: str | None) -> PartitionSpec:
-    """Mesh axes of an activation under the mesh in scope; a dimension that does not divide is not split."""
+    """Mesh axes of an activation under the mesh in scope; a dimension that does not divide is not split, or
+    over as many of its axes, from the first, as it divides."""
     mesh = jax.sharding.get_abstract_mesh()
     entries = []
     for name, size in zip(logical, shape, strict=True):
-        target = RULES.get(name) if name else None
-        entries.append(target if target and size % _ways(target, mesh) == 0 else None)
+        axes = _names(RULES.get(name)) if name else ()
+        while size % _ways(axes, mesh):
+            axes = axes[:-1]
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*entries)
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """A sharding constraint on an activation under the mesh in scope; nothing without a mesh.
-
-    A dimension that does not divide is left to the partitioner.
-    """
+    """A sharding constraint on an activation under the mesh in scope; nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -30,6 +30,10 @@ def trained(workdir, mesh=None, compute=Compute(), steps=4, **settings):
     return fit(placed(mesh), lm_loss(ARCH, compute), RandomBatches(), **fixed)
 
 
+def close(a: Any, b: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
+
+
 @pytest.fixture(scope="module")
 def plainly(tmp_path_factory):
     return jax.device_get(trained(tmp_path_factory.mktemp("plainly")))
@@ -42,7 +46,7 @@ def plainly(tmp_path_factory):
 def test_the_weights_are_the_same_wherever_moments_lie(tmp_path, plainly, settings, remat):
     mesh = make_mesh(MESH)
     there = trained(tmp_path / "mesh", mesh, Compute(remat=remat), **settings)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), there, plainly)
+    close(there, plainly)
     assert jax.tree.map(lambda w: w.sharding, there) == llama.param_shardings(ARCH, mesh)
     # from its checkpoint of step 2 it goes on to the very same weights
     (tmp_path / "mesh" / "checkpoints" / "4").rename(tmp_path / "4")
@@ -51,7 +55,9 @@ def test_the_weights_are_the_same_wherever_moments_lie(tmp_path, plainly, settin
 
 
 def test_on_one_device_moments_can_lie_on_the_host(tmp_path, plainly):
-    assert same(trained(tmp_path, None, Compute(remat="offload"), offload=True), plainly)
+    assert same(trained(tmp_path / "moments", offload=True), plainly)
+    both = trained(tmp_path / "both", None, Compute(remat="offload"), offload=True)
+    close(both, plainly)  # what is computed again may round otherwise
 
 
 @pytest.mark.parametrize("config, parts", [(MESH, 2), (MeshConfig(data=1, fsdp=8), 1), (None, 1)])

@@ -204,6 +204,8 @@ def _moved(kind: str, result: str, start: bool, groups: np.ndarray) -> float:
     # what starts one gives (operands, results, contexts of a few bytes)
     if start and kind == "all-gather":
         size *= ways / (ways + 1)
+    elif start and kind == "reduce-scatter":
+        size /= ways + 1
     elif start and kind == "collective-permute":
         size /= 2
     match kind:

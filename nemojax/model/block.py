@@ -67,7 +67,8 @@ class SubBlock(nnx.Module):
             setattr(self, name, weight)
 
     def normed(self, arch: ArchSpec, x_BTD: jax.Array) -> jax.Array:
-        return rms_norm(x_BTD, self.norm.get_value(), arch.norm_eps)
+        x_BTD = rms_norm(x_BTD, self.norm.get_value(), arch.norm_eps)
+        return constrain(x_BTD, "batch", "length", None)
 
     def times(self, subscripts: str, x: jax.Array, name: str, kind: Kind) -> jax.Array:
         """The product of activations with the weight called `name`."""
@@ -98,7 +99,7 @@ class AttentionBlock(SubBlock):
         return attend_cached(q_BTNH, k_BKSH, v_BKSH, ctx, spec)
 
     def project(self, heads_BTNH: jax.Array, kind: Kind) -> jax.Array:
-        return self.times("BTNH,NHD->BTD", heads_BTNH, "o", kind)
+        return constrain(self.times("BTNH,NHD->BTD", heads_BTNH, "o", kind), "batch", "stream", None)
 
 
 class SwiGLUBlock(SubBlock):
@@ -110,7 +111,7 @@ class SwiGLUBlock(SubBlock):
         return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "mlp")
 
     def project(self, act_BTF: jax.Array, kind: Kind) -> jax.Array:
-        return self.times("BTF,FD->BTD", act_BTF, "down", kind)
+        return constrain(self.times("BTF,FD->BTD", act_BTF, "down", kind), "batch", "stream", None)
 
 
 class LinearBlock(SubBlock):
@@ -160,7 +161,7 @@ class Block(nnx.Module):
             h_BTD = h_BTD + out_BTD
             if capture is not None:
                 capture["attn_BTD"] = out_BTD
-        h_BTD = constrain(h_BTD, "batch", "length", None)
+        h_BTD = constrain(h_BTD, "batch", "stream", None)
         if capture is not None:
             capture["between_BTD"] = h_BTD
         match spec.ffn:
@@ -173,7 +174,7 @@ class Block(nnx.Module):
                 h_BTD = h_BTD + self.ffn(arch, h_BTD, kind)
             case NoOp():
                 pass
-        return constrain(h_BTD, "batch", "length", None)
+        return constrain(h_BTD, "batch", "stream", None)
 
 
 @functools.cache

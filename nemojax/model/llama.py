@@ -9,6 +9,7 @@ Shape letters: B batch, T length, D model, V vocabulary, n layers of a run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -42,6 +43,8 @@ OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst=HOST_MEMORY,
 )
+
+_LOOP = 4  # steps: of fewer, double buffering, which peels one and unrolls two, leaves no loop
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full", "offload"]
@@ -175,8 +178,8 @@ def embed(params: Mapping[str, Any], tokens_BT: jax.Array, compute: Compute = Co
     split as they are stored, the partitioner would gather the activations of all devices instead.
     """
     w_VD = constrain(params["embed"]["weight"].astype(compute.dtype), "vocab", None)
-    h_BTD = w_VD[tokens_BT]
-    return constrain(h_BTD, "batch", "length", None)
+    h_BTD = constrain(w_VD[tokens_BT], "batch", "length", None)
+    return constrain(h_BTD, "batch", "stream", None)
 
 
 def final_norm(params: Mapping[str, Any], arch: ArchSpec, h_BTD: jax.Array) -> jax.Array:
@@ -304,14 +307,39 @@ def _run(
             h_BTD, seen = body(h_BTD, w)
             layers.append(seen)
         return h_BTD, {name: [seen[name] for seen in layers] for name in wanted}
+    # what a loop computes in one step is not kept for another; a loop of few steps is none when compiled
+    looped = len(run.layers) >= _LOOP * max(compute.unroll, 1)
+    again = functools.partial(jax.checkpoint, prevent_cse=not looped)
     match compute.remat:
         case "full":
-            body = jax.checkpoint(body, prevent_cse=False)
+            body = again(body)
         case "dots":
-            body = jax.checkpoint(body, prevent_cse=False, policy=KEEP_DOTS)
+            body = again(body, policy=KEEP_DOTS)
         case "offload":
-            body = jax.checkpoint(body, prevent_cse=False, policy=OFFLOAD)
+            body = again(body, policy=OFFLOAD)
+    if compute.remat != "none" and not looped:
+        body = _one_at_a_time(body, block_axes(arch, run.spec))
     return jax.lax.scan(body, h_BTD, weights, unroll=min(compute.unroll, len(run.layers)))
+
+
+def _one_at_a_time(body: Callable[[jax.Array, Any], Any], axes: Params) -> Callable[[jax.Array, Any], Any]:
+    """`body` of (stream, weights), whose backward pass ends before that of the layer below begins.
+
+    Otherwise a scheduler may put off the gradients of weights, and keep all that they are computed from: with
+    the layers of Nemotron Ultra that stand alone or in twos or threes, a third of a device's memory.
+    """
+
+    @jax.custom_vjp
+    def joined(h: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+        return h, w
+
+    def backward(_: None, grads: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        dh, dw = grads
+        # where they belong, for what is still to be summed over devices cannot wait
+        return jax.lax.optimization_barrier((dh, jax.tree.map(lambda g, a: constrain(g, *a), dw, axes)))
+
+    joined.defvjp(lambda h, w: ((h, w), None), backward)
+    return lambda h, w: body(*joined(h, w))
 
 
 def _run_cached(

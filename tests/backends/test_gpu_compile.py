@@ -76,3 +76,9 @@ def test_devices_that_share_weights_gather_them_as_fp8(report):
     found = report["sharded"]
     assert len(products(found, E4M3, E4M3)) == 4 and len(products(found, E4M3, E5M2)) == 8
     assert found["gathered"].count(E4M3) >= 4
+
+
+def test_layers_that_stand_alone_are_taken_back_one_by_one(report):
+    """Left free, a scheduler keeps what all of them have computed again until it sums up their gradients."""
+    found = report["layers that stand alone"]
+    assert found["held"] < 0.5 * found["free"]

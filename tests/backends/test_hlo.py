@@ -48,6 +48,11 @@ def test_collectives_of_a_loop_count_as_often_as_it_turns():
             Collective("all-gather", ("tensor",), 1, 512 * 512),
         ),
         (
+            "%a = ((bf16[512,64]{0,1}), bf16[256,64]{0,1}) reduce-scatter-start(%p), channel_id=6, "
+            "replica_groups={{0,1},{2,3}}, dimensions={0}",
+            Collective("reduce-scatter", ("tensor",), 1, 256 * 64 * 2),
+        ),
+        (
             "%a = f32[100]{0} all-reduce(%p), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=1,"
             "'axis_2'=2] {'axis_2'}, to_apply=%add",
             Collective("all-reduce", ("tensor",), 1, 400),
