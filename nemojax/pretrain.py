@@ -28,7 +28,7 @@ from nemojax.log import read_metrics
 from nemojax.model import llama
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig, make_optimizer
-from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh
+from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, readers
 from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit, lm_loss
 
@@ -128,7 +128,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, rows="shared")
     tokenizer = load_tokenizer(cfg.tokenizer or cfg.model)
     arch = _start_arch(cfg, tokenizer)
     check_vocab(tokenizer, arch)
@@ -250,7 +250,7 @@ def _train_span(
     mesh: jax.sharding.Mesh,
 ) -> llama.Params:
     heldout = heldout_batches(span.data, tokenizer)
-    made = train_batches(span.data, tokenizer, jax.process_index(), jax.process_count())
+    made = train_batches(span.data, tokenizer, *readers(mesh))
     start_artifact(workdir, span.arch, tokenizer.path)  # not before the data are known to be good
 
     def evaluate(params: llama.Params) -> dict[str, float]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from nemojax.checkpoints.artifact import load_model
 from nemojax.config import field, required
 from nemojax.data.chat import Conversation, chat_examples, load_conversations
@@ -26,7 +24,7 @@ from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.evaluate.perplexity import heldout_loss
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig
-from nemojax.sharding import MeshConfig, make_mesh
+from nemojax.sharding import MeshConfig, make_mesh, readers
 from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit, lm_loss
 
@@ -86,7 +84,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, rows="shared")
     tokenizer = load_tokenizer(cfg.model)
     arch, params = load_model(cfg.model, mesh)
     check_vocab(tokenizer, arch)
@@ -96,17 +94,18 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
     check_names([source.label for source in cfg.data.heldout], "data.heldout")
     if cfg.data.length > arch.context:
         raise ValueError(f"data.length: expected at most the context {arch.context}, got {cfg.data.length}")
+    index, count = readers(mesh)
     made = {source.label: _examples(source, cfg.data, tokenizer) for source in cfg.data.sources}
     batches = make_loader(
         [examples for examples, _ in made.values()],
         [source.weight for source in cfg.data.sources],
-        batch_size=rows_of_process(cfg.data.batch_size, jax.process_count()),
+        batch_size=rows_of_process(cfg.data.batch_size, count),
         length=cfg.data.length,
         pad_id=tokenizer.pad_id,
         seed=cfg.data.seed,
         long=cfg.data.long,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
     heldout = _heldout(cfg.data, tokenizer)
     start_artifact(workdir, arch, tokenizer.path)  # nothing is written before the data are known to be good

@@ -10,10 +10,11 @@ whole nowhere, and an all-reduce becomes a scatter and a gather of the same byte
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from nemojax.config import field
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")  # from the farthest devices to the nearest
 BATCH_AXES = ("slice", "data", "fsdp")
+Rows = Literal["whole", "shared", "none"]
 HOST_MEMORY = "pinned_host"  # of a device's host, from where it is copied without the host's help
 
 # logical axis -> mesh axis; an axis that is absent here is never split
@@ -54,12 +56,13 @@ class MeshConfig:
 
 
 def make_mesh(
-    config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None, *, planned: bool = False
+    config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None, *, rows: Rows = "whole"
 ) -> Mesh:
     """The mesh over `devices` (default: all), those of a TPU slice, and in it of a process, side by side.
 
     So the inner axes stay where communication is fast, and an axis that goes beyond a slice crosses to the
-    others as few times as it can. planned: for compilation alone, where no process reads rows.
+    others as few times as it can. rows: whether a process reads whole ones alone, or several may read the
+    same ones (`shared`, see `readers`); `none` are read where a program is only compiled.
     ValueError when the axes do not multiply to the number of devices, or go across what they must not.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=_neighbourhood)
@@ -79,15 +82,36 @@ def make_mesh(
         )
     grid = np.asarray(devices).reshape([*sizes.values()])
     _check_slices(sizes["slice"], devices)
-    shared = sizes["context"] * sizes["tensor"]
-    if not planned and any(len({d.process_index for d in group}) > 1 for group in grid.reshape(-1, shared)):
-        # every process reads rows of its own, so the devices that share a row must be of one process
-        raise ValueError(
-            "mesh: expected a context x tensor axis within the devices of one process, got "
-            f"tensor={sizes['tensor']}, context={sizes['context']} over {jax.process_count()} processes of "
-            f"{jax.local_device_count()}; choose smaller ones"
-        )
+    _check_rows(grid, sizes, rows)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_rows(grid: np.ndarray, sizes: Mapping[str, int], rows: Rows) -> None:
+    """ValueError where the devices that share rows are not of as many processes as may read them."""
+    groups = [{d.process_index for d in g} for g in grid.reshape(-1, sizes["context"] * sizes["tensor"])]
+    if rows == "none" or all(len(group) == 1 for group in groups):
+        return
+    here = f"tensor={sizes['tensor']}, context={sizes['context']}"
+    if rows == "whole":
+        raise ValueError(
+            f"mesh: expected a context x tensor axis within the devices of one process, got {here} over "
+            f"{jax.process_count()} processes of {jax.local_device_count()}; choose smaller ones"
+        )
+    if sum(map(len, groups)) != len(set().union(*groups)):
+        raise ValueError(
+            f"mesh: expected a context x tensor axis that is a part or a multiple of the "
+            f"{jax.local_device_count()} devices of a process, got {here}; choose another"
+        )
+
+
+def readers(mesh: Mesh | None) -> tuple[int, int]:
+    """(which share of the rows this process reads, how many shares there are).
+
+    Processes whose devices share rows, by a context x tensor axis that goes beyond them, read the same ones.
+    """
+    shared = mesh.shape["context"] * mesh.shape["tensor"] if mesh is not None else 1
+    together = max(1, shared // jax.local_device_count())
+    return jax.process_index() // together, jax.process_count() // together
 
 
 def _neighbourhood(device: Any) -> tuple[int, int]:
@@ -302,7 +326,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 def place_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh | None, *, shared: bool = False
 ) -> dict[str, jax.Array]:
-    """This process's rows onto the devices: rows split over data and fsdp, positions over context.
+    """This process's share of the rows onto devices: rows split over data and fsdp, positions over context.
 
     Over several devices of a context axis the columns of every array are put in `column_order`, and
     `positions` are added where there are none: with them and the segments, attention knows its way.
@@ -313,20 +337,29 @@ def place_batch(
         return {k: jax.numpy.asarray(v) for k, v in batch.items()}
     rows, ways = len(next(iter(batch.values()))), _ways(BATCH_AXES, mesh)
     over: tuple[str, ...] | None = BATCH_AXES
+    number = rows if shared else rows * readers(mesh)[1]
     if shared and rows % ways:
         over = None
-    elif not shared and rows * jax.process_count() % ways:
+    elif number % ways:
         raise ValueError(f"batch: expected rows that divide over data x fsdp = {ways} devices, got {rows}")
     length, batch = _in_column_order(batch, mesh)
     placed = {}
     for name, value in batch.items():
         along = (RULES["length"],) if value.ndim > 1 and value.shape[1] == length else ()
         place = NamedSharding(mesh, PartitionSpec(over, *along))
-        if shared:
-            placed[name] = jax.make_array_from_callback(value.shape, place, value.__getitem__)
-        else:
-            placed[name] = jax.make_array_from_process_local_data(place, value)
+        shape = (number, *value.shape[1:])
+        parts = place.addressable_devices_indices_map(shape).values()
+        first = 0 if shared else min(part[0].indices(number)[0] for part in parts if part is not None)
+        read = functools.partial(_rows_of, value, first, number)
+        placed[name] = jax.make_array_from_callback(shape, place, read)
     return placed
+
+
+def _rows_of(value: np.ndarray, first: int, number: int, part: tuple[slice, ...] | None) -> np.ndarray:
+    """A part of `number` rows, of which this process has those from `first` on."""
+    assert part is not None  # which JAX's type allows for, of places without devices here
+    start, stop, _ = part[0].indices(number)
+    return value[(slice(start - first, stop - first), *part[1:])]
 
 
 def column_order(length: int, ways: int) -> np.ndarray:

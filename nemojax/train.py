@@ -36,7 +36,7 @@ from nemojax.losses.tokens import token_logps
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import on_devices, place_batch, platform, use_mesh
+from nemojax.sharding import on_devices, place_batch, platform, readers, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -233,7 +233,7 @@ def fit(
         loop = _Loop(
             loss_fn, tx, schedule, state, batches, frozen, cfg, workdir, mesh, evaluate, checkpoints, first
         )
-        return loop.run(Clock(arch))
+        return loop.run(Clock(arch, readers(mesh)[1]))
 
 
 @dataclass

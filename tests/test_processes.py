@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +20,6 @@ from nemojax.checkpoints.artifact import load_params, save_params
 from nemojax.data.tokenizer import train_tokenizer
 from nemojax.hosts import on_primary, process_arguments, start_processes
 from nemojax.model.llama import init_params
-from nemojax.sharding import MeshConfig, make_mesh
 from tests.environment import QUICK_COMPILATION
 
 HERE = {"NEMOJAX_COORDINATOR": "host:1234", "NEMOJAX_NUM_PROCESSES": "4", "NEMOJAX_PROCESS_ID": "3"}
@@ -72,14 +70,6 @@ def test_one_process_starts_nothing(monkeypatch):
     unserialisable = object()
     assert on_primary(lambda: unserialisable) is unserialisable
 
-
-def test_a_tensor_axis_stays_within_a_process():
-    devices = [SimpleNamespace(process_index=i // 4) for i in range(8)]
-    with pytest.raises(ValueError, match="tensor axis within the devices of one process, got tensor=8"):
-        make_mesh(MeshConfig(tensor=8), devices)
-
-
-# --- real processes
 
 RECIPE = """
 def get_config():
@@ -313,6 +303,20 @@ def test_two_processes_equal_one(single, double):
     losses = [result(run)["heldout"] for run in (double, single)]
     assert losses[0].keys() == losses[1].keys() and "loss" in losses[0]
     np.testing.assert_allclose(*[list(values.values()) for values in losses], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_equal_one(single, recipes, tmp_path):
+    """Of four with two devices each, two share every row: they read the same ones."""
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2", "--config.mesh.tensor=2")
+    run = Run("pretrain", tmp_path / "run", recipes / "short.py", 4, *mesh).finish()
+    parts = [Path(f"{run.rows_path}.{i}").read_text().splitlines() for i in range(4)]
+    assert parts[0] == parts[1] != parts[2] == parts[3]
+    assert [row for rows in zip(*parts[::2], strict=True) for row in rows] == single.rows()
+    np.testing.assert_allclose(run.losses(), single.losses(), rtol=1e-5)
+    assert result(run)["heldout"]["loss"] == pytest.approx(result(single)["heldout"]["loss"], rel=1e-5)
+    (_, ours), (_, theirs) = load_params(run.workdir), load_params(single.workdir)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
 
 
 @pytest.mark.slow

@@ -73,10 +73,13 @@ def test_a_slice_axis_fits_the_slices_there_are():
         make_mesh(MeshConfig(slice=3), devices(4, 3, 2))
 
 
-def test_only_a_planned_row_goes_across_processes():
+def test_only_rows_that_are_shared_or_planned_go_across_processes():
     with pytest.raises(ValueError, match="within the devices of one process, got tensor=8"):
         make_mesh(MeshConfig(tensor=8), devices(1, 2, 4))
-    assert make_mesh(MeshConfig(tensor=8), devices(1, 2, 4), planned=True).shape["tensor"] == 8
+    with pytest.raises(ValueError, match="a part or a multiple of the .* devices of a process, got tensor=6"):
+        make_mesh(MeshConfig(tensor=6), devices(1, 3, 4), rows="shared")
+    assert make_mesh(MeshConfig(tensor=8), devices(1, 4, 4), rows="shared").shape["fsdp"] == 2
+    assert make_mesh(MeshConfig(tensor=6), devices(1, 3, 4), rows="none").shape["tensor"] == 6
 
 
 # --- meshes that do not work

@@ -6,17 +6,15 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 from nemojax.arch import ArchSpec, Attention
 from nemojax.backends.chips import peak_flops
 
 
 class Clock:
-    """Watches the batches of a training of `arch` between two reports."""
+    """Watches the batches of a training of `arch` between two reports; `shares` are read at once."""
 
-    def __init__(self, arch: ArchSpec):
-        self.arch, self.peak = arch, peak_flops()
+    def __init__(self, arch: ArchSpec, shares: int = 1):
+        self.arch, self.shares, self.peak = arch, shares, peak_flops()
         self.length = 1
         self._start_over()
 
@@ -35,7 +33,7 @@ class Clock:
     def report(self) -> dict[str, float]:
         """Numbers since the last report, of all processes: tokens count padding too; shares are of 1."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        rate = self.tokens * jax.process_count() / seconds
+        rate = self.tokens * self.shares / seconds
         values = {"performance/tokens_per_second": rate, "performance/data_wait": self.waited / seconds}
         if self.peak:
             values["performance/mfu"] = rate * flops_per_token(self.arch, self.length) / self.peak

@@ -67,7 +67,7 @@ def compiled_prices(chip_name: str, dtype: str) -> Prices:
 
 
 def _estimate(topology: Topology, call: Call, what: str) -> float:
-    mesh = make_mesh(MeshConfig(), topology.devices[:1], planned=True)
+    mesh = make_mesh(MeshConfig(), topology.devices[:1], rows="none")
     place = jax.NamedSharding(mesh, jax.P())
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(call.make)

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from nemojax.data.packing import Batch
@@ -130,7 +131,8 @@ class PrefetchShares(Prefetch):
         self._index, self._count = process_index, process_count
 
     def state(self) -> dict[str, Any]:
-        return {"processes": of_all(self._last.state) if self._count > 1 else [self._last.state]}
+        together = max(1, jax.process_count() // self._count)  # read the same share
+        return {"processes": of_all(self._last.state)[::together]}
 
     def restore(self, state: dict[str, Any]) -> None:
         states = state.get("processes", [state] * self._count)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 
 from nemojax.data.packing import Batch
@@ -61,14 +60,14 @@ class OfflineBatches(View):
     the cache does not have or that its teacher read otherwise, and for more tokens than it keeps.
     """
 
-    def __init__(self, loader: Any, cache: TeacherCache, top_k: int, ahead: int = 2):
+    def __init__(self, loader: Any, cache: TeacherCache, top_k: int, shares: int = 1, ahead: int = 2):
         super().__init__(loader)
         kept = cache.told.top_k
         if not 1 <= top_k <= kept:
             raise ValueError(
                 f"{cache.url}: expected loss.top_k from 1 to the {kept} tokens that it keeps, got {top_k}"
             )
-        self.cache, self.ahead = cache, ahead
+        self.cache, self.shares, self.ahead = cache, shares, ahead
         self._reads: dict[bytes, Future[dict[str, np.ndarray]]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1)
 
@@ -77,7 +76,7 @@ class OfflineBatches(View):
         rows = self.loader.rows
         self.cache.check(rows, row_hashes(batch))
         # rows are dealt out in turn, so those of the next batches are known without asking the loader
-        wanted = [rows + n * jax.process_count() * len(rows) for n in range(self.ahead + 1)]
+        wanted = [rows + n * self.shares * len(rows) for n in range(self.ahead + 1)]
         reads = {r.tobytes(): r for r in wanted if int(r.max()) < self.cache.num_rows}
         self._reads = {key: self._reads.get(key) or self._read(r) for key, r in reads.items()}
         told = self._reads.pop(rows.tobytes()).result()

@@ -26,7 +26,7 @@ from nemojax.distill.on_policy import OnPolicy, OnPolicyBatches
 from nemojax.distill.teachers import Teaching, check_cache, find_teachers
 from nemojax.model.llama import Compute
 from nemojax.optim import OptimConfig
-from nemojax.sharding import MeshConfig, make_mesh
+from nemojax.sharding import MeshConfig, make_mesh, readers
 from nemojax.stage import run_stage, start_artifact
 from nemojax.train import FitConfig, fit
 
@@ -75,7 +75,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, rows="shared")
     tokenizer = load_tokenizer(cfg.student)
     arch, params = load_model(cfg.student, mesh)
     check_vocab(tokenizer, arch)
@@ -129,7 +129,7 @@ def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:
 def _batches(cfg: Config, arch: ArchSpec, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Any:
     """What the student sees: the texts, with what a cache says of them, or in part its own samples."""
     data = cfg.data
-    batches = train_batches(data, tokenizer, jax.process_index(), jax.process_count())
+    batches = train_batches(data, tokenizer, *readers(mesh))
     if cfg.teaching.cache:
         cache = TeacherCache(location(cfg.teaching.cache))
         check_cache(
@@ -142,7 +142,7 @@ def _batches(cfg: Config, arch: ArchSpec, tokenizer: Tokenizer, mesh: jax.shardi
             temperature=cfg.loss.temperature,
             mesh=mesh,
         )
-        return OfflineBatches(batches, cache, cfg.loss.top_k)
+        return OfflineBatches(batches, cache, cfg.loss.top_k, shares=readers(mesh)[1])
     if cfg.on_policy.share:
         return OnPolicyBatches(
             batches,

@@ -155,18 +155,16 @@ def make_plan(work: Work, topology: Topology, mesh: MeshConfig) -> Plan:
 
 def _caveat(work: Work, mesh: Mesh) -> str:
     groups = mesh.devices.reshape(-1, math.prod(mesh.shape[axis] for axis in mesh.axis_names[-2:]))
-    if any(len({device.process_index for device in group}) > 1 for group in groups):
-        return (
-            "a row is shared by devices of several hosts, and no stage reads rows so: keep tensor x context "
-            "within a host"
-        )
+    shared = any(len({device.process_index for device in group}) > 1 for group in groups)
+    if shared and work.step not in ("train", "distill"):
+        return f"{work.step} has no rows that several hosts share: keep tensor x context within a host"
     if work.step == "generate" and len({d.process_index for d in mesh.devices.flat}) > 1:
         return f"{work.step} runs on one host"
     return ""
 
 
 def plan_mesh(config: MeshConfig, topology: Topology) -> Mesh:
-    return make_mesh(config, topology.devices, planned=True)
+    return make_mesh(config, topology.devices, rows="none")
 
 
 def _compiled(program: Program, work: Work, topology: Topology, mesh: Mesh) -> Part:

@@ -283,7 +283,7 @@ def _rl(work: Work, mesh: Mesh) -> list[Program]:
     written, answers = work.generated or work.context // 2, work.answers or work.batch
     hosts = len({device.process_index for device in mesh.devices.flat})
     first = [d for d in mesh.devices.flat if d.process_index == mesh.devices.flat[0].process_index]
-    here = make_mesh(MeshConfig(tensor=mesh.shape["tensor"]), first, planned=True) if hosts > 1 else mesh
+    here = make_mesh(MeshConfig(tensor=mesh.shape["tensor"]), first, rows="none") if hosts > 1 else mesh
     with jax.set_mesh(here):
         rollout = _generation(work, here, -(-answers // hosts), beside, work.context - written / 2)
     decode, prefill = (
