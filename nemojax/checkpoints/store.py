@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def canonical(tree: Any, arch: ArchSpec | None) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for path, leaf in flat_paths(tree).items():
         where = split_run(path, arch)
-        shared = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+        shared = isinstance(leaf, jax.Array) and _is_shared(leaf)
         if where is None:
             flat[path] = _own_shards(leaf)[0] if shared else to_host(leaf)
             continue
@@ -78,9 +78,7 @@ def canonical(tree: Any, arch: ArchSpec | None) -> dict[str, Any]:
 
 def _own_shards(leaf: jax.Array, layers: int = 0) -> list[jax.Array]:
     """A copy in host memory of which each process has its own shards: of every layer of a stack, or whole."""
-    place: Any = leaf.sharding
-    shape, spec = (leaf.shape[1:], place.spec[1:]) if layers else (leaf.shape, place.spec)
-    there = jax.NamedSharding(place.mesh, jax.P(*spec), memory_kind=HOST_MEMORY)
+    shape, there = _on_hosts(leaf, stacked=bool(layers))
     copies = [(shard.device, np.array(shard.data)) for shard in leaf.addressable_shards]
 
     def one(layer: int | None) -> jax.Array:
@@ -94,6 +92,32 @@ def _own_shards(leaf: jax.Array, layers: int = 0) -> list[jax.Array]:
         return jax.make_array_from_single_device_arrays(shape, there, parts)
 
     return [one(layer) for layer in range(layers)] if layers else [one(None)]
+
+
+def _is_shared(leaf: Any) -> bool:
+    """Whether an array (or a ShapeDtypeStruct) lies over several processes, in parts."""
+    place = getattr(leaf, "sharding", None)
+    return isinstance(place, jax.NamedSharding) and not (
+        place.is_fully_addressable or place.is_fully_replicated
+    )
+
+
+def _on_hosts(leaf: Any, stacked: bool) -> tuple[tuple[int, ...], jax.NamedSharding]:
+    """(shape, place in host memory) of an array, or of a layer of a stack, on the hosts of its devices."""
+    shape, spec = (leaf.shape[1:], leaf.sharding.spec[1:]) if stacked else (leaf.shape, leaf.sharding.spec)
+    return shape, jax.NamedSharding(leaf.sharding.mesh, jax.P(*spec), memory_kind=HOST_MEMORY)
+
+
+def _stacked(layers: Sequence[jax.Array], like: Any) -> jax.Array:
+    """The array `like` of its layers, or of its only one where it is no stack, each shard by itself."""
+    shards = [{shard.device: shard.data for shard in layer.addressable_shards} for layer in layers]
+    parts = []
+    for device in like.sharding.addressable_devices:
+        hosts = [np.asarray(of_layer[device]) for of_layer in shards]
+        whole = np.stack(hosts) if layers[0].ndim < len(like.shape) else hosts[0]
+        kind = like.sharding.memory_kind
+        parts.append(jax.device_put(whole, jax.sharding.SingleDeviceSharding(device, memory_kind=kind)))
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
 
 def to_host(leaf: Any) -> Any:
@@ -218,11 +242,27 @@ class Reader:
             raise ValueError(
                 f"{self.path}: expected {missing[0]}{more}, got none; arch and checkpoint disagree"
             )
-        if not names:
+        return self._restore(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
+
+    def _read_shards(self, names: Sequence[str], leaf: Any, stacked: bool) -> jax.Array:
+        """An array over several processes, each of which reads what its own devices have."""
+        import orbax.checkpoint as ocp
+
+        shape, there = _on_hosts(leaf, stacked)
+        kind = ocp.ArrayRestoreArgs(
+            restore_type=jax.Array, dtype=leaf.dtype, sharding=there, global_shape=shape
+        )
+        found = self._restore(dict.fromkeys(names, kind))
+        return _stacked([found[name] for name in names], leaf)
+
+    def _restore(self, kinds: Mapping[str, Any]) -> dict[str, Any]:
+        """{name: array} of names that are there, each of its kind of Orbax's restore arguments."""
+        import orbax.checkpoint as ocp
+
+        if not kinds:
             return {}
-        item = from_paths({name: self.leaves[name] for name in names})
-        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=kinds, partial_restore=True)
+        item = from_paths({name: self.leaves[name] for name in kinds})
+        args = ocp.args.PyTreeRestore(item=item, restore_args=from_paths(kinds), partial_restore=True)
         try:
             return flat_paths(self._handler.restore(self.path, args=args))
         except (OSError, ValueError) as error:
@@ -231,7 +271,8 @@ class Reader:
     def like(
         self, abstract: Any, arch: ArchSpec | None, finish: Callable[[str, Any], Any] | None = None
     ) -> Any:
-        """The saved tree in the structure, dtypes and shardings of `abstract`, a bounded batch at a time.
+        """The saved tree in the structure, dtypes and shardings of `abstract`, a bounded batch at a time. Of
+        what lies over several processes each reads its own shards.
 
         finish: (path, array on its devices) -> what takes its place, before the next one is there.
         """
@@ -242,6 +283,10 @@ class Reader:
         placed: dict[str, Any] = {}
         for batch in _batches([_nbytes(leaf) for leaf in wanted.values()]):
             names = {paths[i]: _stored_names(paths[i], arch) for i in batch}
+            for path in [path for path in names if _is_shared(wanted[path])]:
+                stacked = split_run(path, arch) is not None
+                there = self._read_shards(names.pop(path), wanted[path], stacked)
+                placed[path] = there if finish is None else finish(path, there)
             arrays = self.read([name for group in names.values() for name in group])
             for path, group in names.items():
                 stacked = split_run(path, arch) is not None
