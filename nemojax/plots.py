@@ -257,6 +257,11 @@ def _svg(figure: Any, title: str) -> str:
     return f'<svg role="img" aria-label="{label}" {box[0] if box else ""}>{text.strip()}'
 
 
+def standalone(svg: str) -> str:
+    """A drawing as a file of its own: with the namespace that a page does not need."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+
+
 def _plain(text: str) -> str:
     """matplotlib would read dollars as mathematics, and hide a legend entry that starts with `_`."""
     text = text.replace("$", r"\$")

@@ -63,7 +63,8 @@ def search_command(argv: Sequence[str]) -> int:
 def _sweep(
     args: argparse.Namespace, table: Table, bounds: Sequence[Bound], hows: Sequence[Search], parser: Parser
 ) -> int:
-    from nemojax.compress.pareto import plot_sweep, standalone, sweep, sweep_text
+    from nemojax.compress.pareto import plot_sweep, sweep, sweep_text
+    from nemojax.plots import standalone
 
     name, values = _sweep_bounds(args.sweep, parser)
     if any(bound.name == name for bound in bounds):

@@ -66,11 +66,6 @@ def plot_sweep(name: str, objective: str, series: Mapping[str, Sequence[Point]])
     return curves(lines, title=f"{objective} over {name}", xlabel=name, ylabel=objective)
 
 
-def standalone(svg: str) -> str:
-    """A figure as a file of its own: with the namespace that a page does not need."""
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

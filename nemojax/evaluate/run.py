@@ -230,7 +230,7 @@ def _draw(tasks: dict[str, Any], workdir: Path, name: str) -> None:
                 xlabel="tokens",
                 ylabel="depth in the text",
             )
-            write_text(workdir / f"long_context_{name}_{task}.svg", picture)
+            write_text(workdir / f"long_context_{name}_{task}.svg", plots.standalone(picture))
 
 
 def _commonest(records: list[Record]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def compare(one: str, other: str, dtype: str) -> None:
 
 
 def searched(args: argparse.Namespace) -> None:
-    from nemojax.plots import block_map
+    from nemojax.plots import block_map, standalone
 
     table, arch = load_table(args.table), load_arch(args.arch)
     batch, tokens, new = (int(n) for n in args.scenario.split(","))
@@ -78,7 +78,7 @@ def searched(args: argparse.Namespace) -> None:
         print(f"{chip:<6}{args.minimize} {solution.objective:.4f}  {' '.join(names)}")
     if args.plot:
         title = f"{batch} requests, {tokens} tokens in, {new} out, in {args.ratio:.0%} of the parent's time"
-        Path(args.plot).write_text(block_map(found, title=title))
+        Path(args.plot).write_text(standalone(block_map(found, title=title)))
 
 
 def with_times(table: Table, arch: ArchSpec, config: CostConfig) -> Table:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from nemojax.compress.baselines import METHODS, find, keeps_or_drops
-from nemojax.compress.pareto import plot_sweep, standalone, sweep, sweep_text
+from nemojax.compress.pareto import plot_sweep, sweep, sweep_text
 from nemojax.compress.search import Infeasible, Search, total
 from nemojax.compress.table import Bound, Table
+from nemojax.plots import standalone
 
 ATTN = {"kv4": 4.0, "kv1": 2.5, "-": 0.0}
 FFN = {"ffn64": 6.0, "ffn32": 3.0, "-": 0.0}

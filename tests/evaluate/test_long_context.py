@@ -329,7 +329,7 @@ def test_the_stage_measures_and_draws(copying, artifact, tmp_path):
     assert row["long_context"] == {"single": {"384": cell}}
     assert load_records(tmp_path / "out" / "long_context_copying.jsonl") == ask_all(copying, cfg.long_context)
     picture = (tmp_path / "out" / "long_context_copying_single.svg").read_text()
-    assert picture.startswith("<svg") and picture.count(">100</text>") == 2
+    assert picture.startswith("<svg xmlns=") and picture.count(">100</text>") == 2
     assert stage.table(result).splitlines()[1:] == ["model    task       384", "copying  single  100.0%"]
     [source] = row["by_position"]
     assert source == "pydoc" and row["by_position"][source][-1]["to"] == 512
