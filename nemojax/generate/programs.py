@@ -114,9 +114,12 @@ def prepare_weight(path: str, weight: jax.Array, *, compute: Compute) -> Any:
 
 
 def _as_used(params: Params, compute: Compute) -> Params:
+    return cast(_quantized(params) if compute.matmul == "fp8" else params, compute)
+
+
+def cast(params: Params, compute: Compute) -> Params:
+    """Weights in the dtype of `compute`, but for those in eight bits."""
     dtype = jnp.dtype(compute.dtype)
-    if compute.matmul == "fp8":
-        params = _quantized(params)
     return jax.tree.map(
         lambda w: w if _is_quantized(w) or w.dtype == dtype else w.astype(dtype),
         params,

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from nemojax.arch import ArchSpec
+from nemojax.generate.programs import cast
 from nemojax.hosts import of_all
-from nemojax.model.llama import Compute, Params, param_shardings
-from nemojax.sharding import MeshConfig, make_mesh, use_mesh
+from nemojax.model.llama import Compute, Params, param_shardings, quantize, quantized_shardings
+from nemojax.sharding import MeshConfig, make_mesh
 
 
 def weights_here(
@@ -20,25 +21,37 @@ def weights_here(
     """(parameters as a whole on the devices of this process, the mesh over these).
 
     The tensor axis stays as it is, and fsdp takes what is left within each process, which must have room
-    for all weights in the dtype of `compute` (in FP8, before they are rounded: as they are trained).
+    for all weights as they are used: in the dtype of `compute`, block matrices in e4m3 where it says fp8.
     """
     if mesh is None or jax.process_count() == 1:
         return params, mesh
     tensor = mesh.shape["tensor"]
     wide = make_mesh(MeshConfig(data=jax.process_count(), tensor=tensor))
     here = make_mesh(MeshConfig(tensor=tensor), jax.local_devices())
-
-    def as_used(tree: Params) -> Params:
-        return tree if compute.matmul == "fp8" else jax.tree.map(lambda w: w.astype(compute.dtype), tree)
-
-    with use_mesh(wide):
-        copied = jax.jit(as_used, out_shardings=param_shardings(arch, wide))(params)
+    copied = copied_to(params, arch, wide, compute)
 
     def of_this_process(weight: jax.Array, place: jax.sharding.NamedSharding) -> jax.Array:
         parts = [shard.data for shard in weight.addressable_shards]
         return jax.make_array_from_single_device_arrays(weight.shape, place, parts)
 
-    return jax.tree.map(of_this_process, copied, param_shardings(arch, here)), here
+    return jax.tree.map(of_this_process, copied, _places(arch, here, compute)), here
+
+
+def copied_to(params: Params, arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute) -> Params:
+    """Parameters as they are used, over `mesh`."""
+    fp8, trained = compute.matmul == "fp8", jax.tree.map(lambda w: w.sharding, params)
+    before = quantized_shardings(trained) if fp8 else trained
+
+    def as_used(tree: Params) -> Params:
+        # narrow where they are, and then sent
+        return jax.lax.with_sharding_constraint(cast(quantize(tree) if fp8 else tree, compute), before)
+
+    return jax.jit(as_used, out_shardings=_places(arch, mesh, compute))(params)
+
+
+def _places(arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute) -> Params:
+    places = param_shardings(arch, mesh)
+    return quantized_shardings(places) if compute.matmul == "fp8" else places
 
 
 def answered(number: int, group: int, answer: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
