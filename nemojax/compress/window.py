@@ -27,7 +27,7 @@ from nemojax.checkpoints.digest import bit_sums, digest_of_sums
 from nemojax.compress.bld import batch_inputs, enter, take
 from nemojax.model.layout import run_name
 from nemojax.model.llama import Compute, apply_blocks, logical_axes
-from nemojax.sharding import shardings_of
+from nemojax.sharding import constrain, shardings_of
 
 EMPTY = BlockSpec(NoOp(), NoOp())
 Source = Mapping[str, Any] | str | os.PathLike
@@ -150,9 +150,10 @@ class Carry:
 
 @partial(jax.jit, static_argnames=("arch", "compute"))
 def _through(arch: ArchSpec, compute: Compute, params: dict, batch: dict) -> jax.Array:
-    """The stream behind all layers of a window."""
+    """The stream behind all layers of a window, in whole rows."""
     h_BTD, ctx = enter(arch, params, batch, compute)
-    return apply_blocks(params, arch, h_BTD, ctx, compute=compute)[0]
+    h_BTD = apply_blocks(params, arch, h_BTD, ctx, compute=compute)[0]
+    return constrain(h_BTD, "batch", "length", None)
 
 
 def rows_here(h_BTD: jax.Array) -> np.ndarray:
