@@ -9,7 +9,7 @@ short ones (`spell`) and long ones (`spell_long`). The child keeps under half of
 parameters. SFT sees few long words; GRPO then practises them, thinking and not.
 
 Measured with the first two commands and seed=2 (Python 3.11.7, jax 0.10.2, 2 cores; seed 1 took 879 s in all
-beside two other trainings):
+beside other trainings):
 
     seed                                           0             1             2
     child / parent, block parameters           40.0%         40.0%         40.0%

@@ -71,6 +71,8 @@ def test_one_process_starts_nothing(monkeypatch):
     assert on_primary(lambda: unserialisable) is unserialisable
 
 
+# --- real processes
+
 RECIPE = """
 def get_config():
     return {{

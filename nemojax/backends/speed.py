@@ -11,7 +11,10 @@ from nemojax.backends.chips import peak_flops
 
 
 class Clock:
-    """Watches the batches of a training of `arch` between two reports; `shares` are read at once."""
+    """Watches the batches of a training of `arch` between two reports.
+
+    shares: of a step's rows, each read by a process or by several together; a batch here is one of them.
+    """
 
     def __init__(self, arch: ArchSpec, shares: int = 1):
         self.arch, self.shares, self.peak = arch, shares, peak_flops()
