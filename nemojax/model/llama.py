@@ -295,7 +295,7 @@ def _run(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """(stream after the run, what is `wanted` of every layer: "after", or a name that a block captures)."""
 
-    def body(h: jax.Array, w: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def body(h: jax.Array, w: Any, /) -> tuple[jax.Array, dict[str, jax.Array]]:
         seen: dict[str, jax.Array] | None = {} if set(wanted) - {"after"} else None
         h = checkpoint_name(h, STREAM)
         h = apply_block(arch, run.spec, w, h, ctx, capture=seen, kind=compute.matmul)
