@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemojax.buckets import place
+
 FORMAT_VERSION = 1
 
 
@@ -280,7 +282,7 @@ def uniform(
 
 def load_arch(path_or_name: str | os.PathLike) -> ArchSpec:
     """Reads an `arch.json`; a bare name such as `llama_3_1_8b` means one of the shipped files."""
-    path = Path(path_or_name)
+    path = place(path_or_name)
     if not path.is_file():
         shipped = _shipped_dir() / f"{path.stem}.json"
         if not shipped.is_file():

@@ -7,12 +7,16 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemojax.buckets import copy_file, files_below, is_bucket, place
+
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+_SEND_SECONDS = 30
 TOKENS_PER_SECOND, MFU = "performance/tokens_per_second", "performance/mfu"
 
 
@@ -21,11 +25,18 @@ class RunLog:
 
     total_steps: for the time left; None when unknown. quiet: files only. On a terminal the progress is one
     line that is redrawn, elsewhere one line for each `write`. On resume call `truncate(step)` first.
+    A bucket, to which nothing is appended, gets the files anew: at `flush`, at the end, every 30 seconds.
     """
 
     def __init__(self, workdir: str | os.PathLike, total_steps: int | None = None, quiet: bool = False):
-        self.workdir = Path(workdir)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._bucket = place(workdir) if is_bucket(workdir) else None
+        self._held = tempfile.TemporaryDirectory() if self._bucket else None
+        self.workdir = Path(self._held.name) if self._held else Path(workdir)
+        self._name, self._sent, self._sent_at = place(workdir).name, dict[Path, int](), time.monotonic()
+        if self._bucket is None:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        elif (there := self._bucket / METRICS).is_file():
+            copy_file(there, self.workdir / METRICS)
         self.total_steps = total_steps
         self._quiet = quiet
         self._board: Any = None
@@ -46,6 +57,8 @@ class RunLog:
         board = self._tensorboard()
         for name, value in values.items():
             board.add_scalar(name, value, step)
+        if time.monotonic() - self._sent_at > _SEND_SECONDS:
+            self.flush()
         if not self._quiet:
             self._show(int(step), values)
 
@@ -60,6 +73,18 @@ class RunLog:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._purge = step + 1
 
+    def flush(self) -> None:
+        """Returns when all that was written is in the work directory."""
+        if self._board is not None:
+            self._board.flush()
+        if self._bucket is None:
+            return
+        for path in files_below(self.workdir):
+            if self._sent.get(path) != (size := path.stat().st_size):
+                copy_file(path, self._bucket / path.relative_to(self.workdir))
+                self._sent[path] = size
+        self._sent_at = time.monotonic()
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
@@ -67,6 +92,10 @@ class RunLog:
             self._progress.stop()
         if self._file >= 0:
             os.close(self._file)
+        if self._held is not None:
+            self._board = None
+            self.flush()
+            self._held.cleanup()
         self._board, self._progress, self._file = None, None, -1
 
     def __enter__(self) -> RunLog:
@@ -83,9 +112,7 @@ class RunLog:
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
         self._first = self._first or (step, now)
-        text = describe_progress(
-            self.workdir.name, step, self.total_steps, values, self._seconds_left(step, now)
-        )
+        text = describe_progress(self._name, step, self.total_steps, values, self._seconds_left(step, now))
         if not sys.stderr.isatty():
             print(text, file=sys.stderr, flush=True)
             return
@@ -130,7 +157,7 @@ def format_seconds(seconds: float) -> str:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl ({"step": int, name: float or None}); [] when there is none."""
-    return [row for _, row in _lines(Path(workdir) / METRICS)]
+    return [row for _, row in _lines(place(workdir) / METRICS)]
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

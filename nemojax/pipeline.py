@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemojax import config, stage
+from nemojax.buckets import directory
 from nemojax.commands import STAGES, Parser, split_overrides, summary_line
 from nemojax.config import field, required
 
@@ -77,7 +78,7 @@ def run(steps: Sequence[Step], workdir: str | os.PathLike, select: Selection = S
     is moved to `replaced/` and run afresh. An error names its stage.
     """
     stage.expect_one_process("run")
-    root = Path(os.path.abspath(stage.directory(workdir)))
+    root = Path(os.path.abspath(directory(workdir)))
     chosen = _chosen(steps, select)
     for step in steps:  # every configuration is checked before the first stage starts
         resolve(step, root)
@@ -131,7 +132,7 @@ def command(args: list[str]) -> None:
     known, extras = parser.parse_known_args(args)
     steps = load(known.config, split_overrides(extras, parser.prog))
     select = Selection(known.first, known.only, known.force)
-    root = Path(os.path.abspath(stage.directory(known.workdir)))
+    root = Path(os.path.abspath(directory(known.workdir)))
     if known.dry_run:
         _print_plan(steps, root, _chosen(steps, select), configurations=True)
         return

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 
 from nemojax.arch import ArchSpec, Llama3Scaling, Rope, load_arch, uniform
+from nemojax.buckets import place
 from nemojax.checkpoints.artifact import finished_steps, load_model
 from nemojax.checkpoints.training import moments_reader
 from nemojax.config import field, required
@@ -124,7 +125,10 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
         raise ValueError("tokenizer: expected an artifact with a tokenizer, got none; train one first")
     inputs: list[str | Path] = [path for path in (cfg.tokenizer, cfg.model) if path]
     inputs += input_files((*cfg.data.sources, *cfg.data.heldout))
-    return run_stage("pretrain", cfg, workdir, inputs, lambda path: _train(cfg, path), many_processes=True)
+    return run_stage(
+        "pretrain", cfg, workdir, inputs, lambda path: _train(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -286,7 +290,7 @@ def _validation(workdir: Path, step: int) -> dict[str, Any]:
 
 def _start_arch(cfg: Config, tokenizer: Tokenizer) -> ArchSpec:
     if cfg.model:
-        return load_arch(Path(cfg.model) / "arch.json")
+        return load_arch(place(cfg.model) / "arch.json")
     return load_arch(cfg.arch) if cfg.arch else _from_shape(cfg.shape, tokenizer)
 
 

@@ -79,8 +79,9 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     named = [source.path for source in (*cfg.data.sources, *cfg.data.heldout) if source.path]
     files = [file for path in named for file in local_files(path)]
     return run_stage(
-        "sft", cfg, workdir, [cfg.model, *files], lambda path: _train(cfg, path), many_processes=True
-    )
+        "sft", cfg, workdir, [cfg.model, *files], lambda path: _train(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:

@@ -20,6 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import (
+    check_bucket,
+    directory,
+    files_below,
+    is_bucket,
+    names_in,
+    place,
+    version,
+    write_text,
+)
 from nemojax.config import to_dict
 from nemojax.data.tokenizer import copy_tokenizer
 
@@ -43,12 +53,14 @@ def run_stage(
     body: Callable[[Path], Mapping[str, Any]],
     *,
     many_processes: bool = False,
+    buckets: bool = False,
 ) -> dict[str, Any]:
     """Runs `body(workdir)` unless it is done, and returns the stage's result (also in result.json).
 
     cfg: the stage's frozen dataclass. inputs: artifacts, directories or files that the stage reads; when
     one of them changes, the work directory no longer matches. many_processes: the body can run in several
-    at once; the primary then keeps the books, decides for all, and hands its result to all.
+    at once; the primary then keeps the books, decides for all, and hands its result to all. buckets: it can
+    work in one (gs://, s3://), where nothing keeps two runs from one place at the same time.
 
     ValueError when an input is missing, when another process is at work here, when there are more
     processes than the stage can use, or (`OtherRun`, nothing touched) when the directory is another run's.
@@ -59,8 +71,9 @@ def run_stage(
         hosts.start_processes()
     else:
         expect_one_process(name)
-    workdir = directory(workdir)
+    workdir = place(workdir) if buckets else directory(workdir)
     with hosts.failing_together(), contextlib.ExitStack() as held:
+        hosts.on_primary(lambda: check_bucket(workdir))
         wanted = hosts.on_primary(lambda: _record(name, cfg, inputs))
         done = hosts.on_primary(lambda: _begin(workdir, wanted, held))
         if done is not None:
@@ -68,16 +81,6 @@ def run_stage(
         start = time.perf_counter()
         result = to_dict(dict(body(workdir)))
         return hosts.on_primary(lambda: _finish(workdir, wanted, result, time.perf_counter() - start))
-
-
-def directory(path: str | os.PathLike) -> Path:
-    """A work directory. ValueError for an address, of which a path would make a folder called `gs:`."""
-    if "://" in os.fspath(path):
-        raise ValueError(
-            f"workdir: expected a directory, got {path}; mount the bucket (gcsfuse, mountpoint-s3) and name "
-            "the directory there"
-        )
-    return Path(path)
 
 
 def expect_one_process(name: str) -> None:
@@ -91,12 +94,13 @@ def expect_one_process(name: str) -> None:
 def _begin(workdir: Path, wanted: Mapping[str, Any], held: contextlib.ExitStack) -> dict[str, Any] | None:
     """The result of a finished stage; else None, and the directory belongs to this run and is locked."""
     _check_owner(workdir, wanted)
-    workdir.mkdir(parents=True, exist_ok=True)
-    held.enter_context(locked(workdir))
+    if not is_bucket(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(workdir))
     _check_owner(workdir, wanted)  # again: another process may have begun since
     if read_done(workdir):
         return read_result(workdir)
-    if set(os.listdir(workdir)) <= _BOOKKEEPING:
+    if names_in(workdir) <= _BOOKKEEPING:
         write_json(workdir / CONFIG, wanted)
     return None
 
@@ -128,7 +132,8 @@ def fingerprint(path: str | os.PathLike) -> str:
     pipeline as a whole (a report). An unfinished artifact, a file or any other directory answers
     from names, sizes, times of change, and the contents of small files. ValueError when nothing is there.
     """
-    path = Path(path)
+    check_bucket(path)
+    path = place(path)
     done = read_done(path) if path.is_dir() else None
     if done:
         return done["fingerprint"]
@@ -142,9 +147,7 @@ def fingerprint(path: str | os.PathLike) -> str:
         roots = [path / "arch.json", path / "tokenizer", path / "checkpoints"]
     else:
         roots = [path]
-    files = sorted(
-        f for root in roots for f in ([root] if root.is_file() else root.rglob("*")) if f.is_file()
-    )
+    files = sorted(f for root in roots for f in ([root] if root.is_file() else files_below(root)))
     return _digest([_file_entry(f, str(f.relative_to(path))) for f in files if f.name != LOCK])
 
 
@@ -175,7 +178,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 def read_done(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """What DONE says ({"stage", "fingerprint", "wall_seconds"}), or None for an unfinished stage."""
-    path = Path(workdir) / DONE
+    path = place(workdir) / DONE
     done = read_json(path)
     if done is not None and not (isinstance(done, dict) and isinstance(done.get("fingerprint"), str)):
         raise ValueError(
@@ -186,7 +189,7 @@ def read_done(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
 def read_result(workdir: str | os.PathLike) -> dict[str, Any]:
     """A finished stage's result.json."""
-    return read_json(Path(workdir) / RESULT) or {}
+    return read_json(place(workdir) / RESULT) or {}
 
 
 def read_json(path: Path) -> Any | None:
@@ -202,19 +205,6 @@ def read_json(path: Path) -> Any | None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`; what JSON cannot say is an error before anything is written."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: a temporary name, flushed to disk, then renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -250,7 +240,7 @@ def _check_owner(workdir: Path, wanted: Mapping[str, Any]) -> None:
     """Raises OtherRun unless the directory is free, or half done or finished for this very record."""
     if workdir.exists() and not workdir.is_dir():
         raise OtherRun(f"{workdir}: expected a directory, got a file; choose another --workdir")
-    if not workdir.is_dir() or set(os.listdir(workdir)) <= _BOOKKEEPING:
+    if names_in(workdir) <= _BOOKKEEPING:
         return
     stored = _read_record(workdir)
     if stored is None:
@@ -324,10 +314,10 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _file_entry(path: Path, name: str) -> list[Any]:
-    stat = path.stat()
-    if stat.st_size <= _HASHED_BYTES:
+    size, changed = version(path)
+    if size <= _HASHED_BYTES:
         return [name, hashlib.sha256(path.read_bytes()).hexdigest()]
-    return [name, stat.st_size, stat.st_mtime_ns]
+    return [name, size, changed]
 
 
 def _digest(value: Any) -> str:

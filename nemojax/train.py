@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from nemojax.arch import ArchSpec
 from nemojax.backends.kernels import machine
 from nemojax.backends.speed import Clock
+from nemojax.buckets import is_bucket, place
 from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.checkpoints.training import TrainState, init_state
@@ -216,7 +217,7 @@ def fit(
     `Preempted` (exit code 75) after SIGTERM, with everything saved. A source that cannot be read any more
     (`SourceUnavailable`) also stops it with everything saved, but for several processes.
     """
-    workdir = Path(workdir)
+    workdir = place(workdir)
     best = _of_phase(cfg.keep_best, first) if cfg.keep_best else None
     with use_mesh(mesh):
         tx = make_optimizer(optim, cfg.steps - first)
@@ -337,6 +338,7 @@ class _Loop:
                 log.write(step, scores)
         if last or preempted or (cfg.checkpoint_every and step % cfg.checkpoint_every == 0):
             scores = {_of_phase(name, self.first): score for name, score in scores.items()}
+            log.flush()  # a checkpoint is not further than what is said about the way to it
             training.save(self.checkpoints, step, self.state, self.batches, scores)
 
 
@@ -351,6 +353,7 @@ class _NoLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def truncate(self, step: int) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -398,6 +401,8 @@ class _Profiler:
                 self.first, self.last = (int(s) for s in steps.split(":"))
             except ValueError:
                 raise ValueError(f"profile_steps: expected first:last such as 10:13, got {steps!r}") from None
+            if is_bucket(workdir):
+                raise ValueError(f"profile_steps: expected a --workdir on this machine, got {workdir}")
 
     def at(self, step: int) -> None:
         if step == self.first:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "nemojax"
 # A file imports lower floors, or files of its own folder. Files at the root of the package do not import
 # each other on one floor.
 FLOORS = (
+    ("buckets",),
     ("arch", "config", "tree", "commands"),
     ("hosts", "sharding", "backends", "optim"),
     ("model", "losses"),

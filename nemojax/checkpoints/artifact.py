@@ -1,7 +1,8 @@
 """Artifacts and work directories: arch.json, config.json, tokenizer/, checkpoints/<step>/{params,state}.
 
 Parameters and optimiser states are canonical per layer on disk (see `store`), whatever the memory
-layout was. A step becomes visible by one rename, so an unfinished save is never read.
+layout was. A step becomes visible by one rename, in a bucket by its last file, so an unfinished save is
+never read.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec, block_shapes, load_arch
+from nemojax.buckets import absolute, copy_file, is_bucket, place, remove_tree, write_text
 from nemojax.checkpoints import store
 from nemojax.hosts import is_primary, on_primary
 from nemojax.model.llama import param_shardings
@@ -41,7 +42,7 @@ class Checkpoints:
     ):
         import orbax.checkpoint as ocp
 
-        self.dir = Path(dir).absolute()
+        self.dir = absolute(dir)
         self.arch = arch if arch is not None else _read_arch(self.dir)
         self._best = _parse_best(best)
         self._saving: int | None = None
@@ -49,7 +50,7 @@ class Checkpoints:
         _check_format(root)
         root.mkdir(parents=True, exist_ok=True)
         if is_primary():
-            _write_text(root / "format.json", json.dumps({"format_version": FORMAT_VERSION}, indent=2) + "\n")
+            write_text(root / "format.json", json.dumps({"format_version": FORMAT_VERSION}, indent=2) + "\n")
         name, mode = self._best or ("", "max")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(keep_last, self._best),
@@ -59,8 +60,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         handlers = {
-            "params": store.handler(),
-            "state": store.handler(),
+            "params": store.handler(root),
+            "state": store.handler(root),
             "data": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(root, options=options, item_handlers=handlers)
@@ -173,7 +174,7 @@ def load_params(
     `step` defaults to the newest; `dtype` to the stored one; `shardings` is a tree like the params. finish:
     what becomes of each weight before the next is read, as in `store.Reader.like`.
     """
-    artifact = Path(artifact).absolute()
+    artifact = absolute(artifact)
     arch = arch if arch is not None else _read_arch(artifact)
     if arch is None:
         raise ValueError(
@@ -209,7 +210,7 @@ def load_model(
     finish: Callable[[str, Any], Any] | None = None,
 ) -> tuple[ArchSpec, dict[str, Any]]:
     """(arch, params) of an artifact's newest step, placed on the mesh; `finish` as in `load_params`."""
-    artifact = Path(artifact).absolute()
+    artifact = absolute(artifact)
     arch = _read_arch(artifact)
     places = None if mesh is None or mesh.size == 1 or arch is None else param_shardings(arch, mesh)
     return load_params(artifact, arch, dtype=dtype, shardings=places, finish=finish)
@@ -223,13 +224,14 @@ def save_params(
     tokenizer_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Writes a final artifact: arch.json, checkpoints/<step>/params, and a copy of the tokenizer."""
-    artifact = Path(artifact).absolute()
+    artifact = absolute(artifact)
     artifact.mkdir(parents=True, exist_ok=True)
-    _write_text(artifact / "arch.json", arch.dumps())
-    if tokenizer_dir is not None and Path(tokenizer_dir).absolute() != artifact / "tokenizer":
-        shutil.copytree(tokenizer_dir, artifact / "tokenizer", dirs_exist_ok=True)
-    if (old := artifact / "checkpoints" / str(step)).exists():  # whole, or what a kill left of it
-        shutil.rmtree(old)
+    write_text(artifact / "arch.json", arch.dumps())
+    if tokenizer_dir is not None:
+        (artifact / "tokenizer").mkdir(parents=True, exist_ok=True)
+        for file in place(tokenizer_dir).iterdir():
+            copy_file(file, artifact / "tokenizer" / file.name)
+    remove_tree(artifact / "checkpoints" / str(step))  # whole, or what a kill left of it
     checkpoints = Checkpoints(artifact, keep_last=1, arch=arch)
     checkpoints.save(step, params)
     checkpoints.close()
@@ -246,11 +248,18 @@ def final_step(artifact: str | os.PathLike) -> int:
 
 def finished_steps(artifact: str | os.PathLike) -> list[int]:
     """Steps on disk, ascending; saves in progress do not count (they carry a temporary name)."""
-    root = Path(artifact) / "checkpoints"
+    root = place(artifact) / "checkpoints"
     if not root.is_dir():
         return []
     _check_format(root)
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "params").is_dir())
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and _is_finished(p))
+
+
+def _is_finished(step: Path) -> bool:
+    """Whether all of a checkpoint is there, which a bucket, without renaming, says by a file of its own."""
+    if is_bucket(step) and not (step / "commit_success.txt").is_file():
+        return False
+    return (step / "params").is_dir()
 
 
 def load_tokenizer(artifact: str | os.PathLike) -> Any:
@@ -265,7 +274,7 @@ def load_tokenizer(artifact: str | os.PathLike) -> Any:
 
 def params_reader(artifact: str | os.PathLike, step: int | None = None) -> store.Reader:
     """Reads single canonical weights of an artifact; `step` defaults to the newest."""
-    artifact = Path(artifact).absolute()
+    artifact = absolute(artifact)
     step = final_step(artifact) if step is None else step
     if step not in finished_steps(artifact):
         raise ValueError(
@@ -359,13 +368,6 @@ def _write_error(dir: Path, step: int | None, error: Exception) -> Exception:
         return ValueError(f"{dir}: no space left while saving step {step}; free some and run again")
     if isinstance(error, OSError | ValueError):
         return ValueError(
-            f"{dir}: could not save step {step} ({text.splitlines()[0][:200] if text else error!r})"
+            f"{dir}: could not save step {step} ({' '.join(text.split())[:400] if text else repr(error)})"
         )
     return error
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replaces the file by one rename, so that a reader sees the old or the new text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nemojax.arch import ArchSpec, load_arch
+from nemojax.buckets import absolute, check_bucket, copy_file, directory, is_bucket, remove_tree
 from nemojax.checkpoints import decilm, hf_fp8, hf_weights, side_files
 from nemojax.checkpoints.artifact import Checkpoints, params_reader
 from nemojax.checkpoints.hf_config import FORMATS, Format, arch_from_config, choose_format, config_from_arch
@@ -47,7 +48,7 @@ def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str
     tensor or file that is not as expected; nothing is left then.
     """
     source = _find_source(src, revision)
-    target = Path(artifact).absolute()
+    target = absolute(artifact)
     config_path = source / "config.json"
     config = side_files.read_json(config_path)
     arch = arch_from_config(config, str(config_path))
@@ -56,10 +57,10 @@ def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str
     weights = hf_weights.match_weights(tensors, arch)
     with _new_directory(target) as partial:
         (partial / "arch.json").write_text(arch.dumps())
-        (partial / "hf").mkdir()
+        (partial / "hf").mkdir(exist_ok=True)
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
-                shutil.copyfile(source / name, partial / "hf" / name)
+                copy_file(source / name, partial / "hf" / name)
         side_files.copy_tokenizer(source, partial / "tokenizer", arch.vocab_size)
         checkpoints = Checkpoints(partial, keep_last=1, arch=arch)
         checkpoints.save(0, nested(hf_weights.lazy_params(tensors, weights)))
@@ -81,7 +82,7 @@ def export_hf(
     `step` defaults to the newest. `dtype` fp8 rounds block matrices to e4m3, with what else there is in bf16
     (`hf_fp8`). ValueError names layer and value of what the format cannot say.
     """
-    artifact = Path(artifact).absolute()
+    artifact = absolute(artifact)
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format: expected auto, {', '.join(FORMATS)}, got {format!r}")
     if not (artifact / "arch.json").is_file():
@@ -101,7 +102,7 @@ def export_hf(
         config["quantization_config"] = hf_fp8.QUANTIZATION_CONFIG
     side_files.check_vocabulary(artifact / "tokenizer", arch.vocab_size)
     weights = hf_weights.weights_of(arch)
-    with _new_directory(Path(out).absolute()) as partial:
+    with _new_directory(directory(out).absolute()) as partial:
         side_files.write_json(partial / "config.json", config)
         if generation := side_files.generation_config(artifact, ids):
             side_files.write_json(partial / "generation_config.json", generation)
@@ -180,16 +181,23 @@ def _find_source(src: str | os.PathLike, revision: str | None) -> Path:
 
 @contextlib.contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when the body succeeds and vanishes when it does not."""
+    """A temporary sibling that becomes `target` when the body succeeds and vanishes when it does not.
+
+    A bucket has no names to change: there it is `target`, of which the checkpoint is finished last.
+    """
+    check_bucket(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: already exists; remove it or choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target
+    if not is_bucket(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        remove_tree(partial)
     try:
-        partial.mkdir()
+        partial.mkdir(exist_ok=is_bucket(target))
         yield partial
-        partial.rename(target)
+        if partial != target:
+            partial.rename(target)
     except BaseException as error:
         _remove(partial)
         match error:
@@ -200,12 +208,12 @@ def _new_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def _remove(directory: Path) -> None:
+def _remove(failed: Path) -> None:
     """Removes the directory of a failed save, and what Orbax's other writers still make in it meanwhile."""
     gone = 0
     for _ in range(100):
-        shutil.rmtree(directory, ignore_errors=True)
-        gone = 0 if directory.exists() else gone + 1
+        remove_tree(failed)
+        gone = 0 if failed.exists() else gone + 1
         if gone == 6:
             return
         time.sleep(0.05)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
+
+from nemojax.buckets import copy_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,7 +54,7 @@ def copy_tokenizer(source: Path, target: Path, vocab_size: int) -> bool:
     check_vocabulary(source, vocab_size)
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
-        shutil.copyfile(file, target / file.name)
+        copy_file(file, target / file.name)
     return (target / "tokenizer.json").is_file()
 
 
@@ -74,7 +75,7 @@ def export_tokenizer(source: Path, out: Path) -> None:
     """Tokenizer files in the spelling that transformers 4.57 and 5.x both read."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+            copy_file(source / name, out / name)
     if not (source / "tokenizer.json").is_file():
         return
     path = out / "tokenizer_config.json"
@@ -119,6 +120,6 @@ def _vocabulary(path: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        return Tokenizer.from_buffer(path.read_bytes()).get_vocab(with_added_tokens=True)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
         raise ValueError(f"{path}: not a readable tokenizer ({str(error)[:200]})") from error

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import teach_orbax_s3
 from nemojax.sharding import HOST_MEMORY
 from nemojax.tree import from_paths
 
@@ -158,8 +159,8 @@ def to_device(host: np.ndarray, like: Any) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def handler() -> Any:
-    """The Orbax tree handler of this project: no second host copy, lazy arrays in bounded batches."""
+def handler(path: Path) -> Any:
+    """The Orbax tree handler for a place: no second host copy, lazy arrays in bounded batches."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
@@ -207,6 +208,8 @@ def handler() -> Any:
             work = self._background_serialize(values, infos, args)
             return [future.CommitFutureAwaitingContractedSignals(work, name="lazy_arrays")]
 
+    if str(path).startswith("s3://"):
+        teach_orbax_s3()
     logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it again changes nothing
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, _Arrays(deepcopy_host_arrays=False)),
@@ -221,7 +224,7 @@ class Reader:
 
     def __init__(self, path: Path):
         self.path = path
-        self._handler = handler()
+        self._handler = handler(path)
         try:
             metadata = self._handler.metadata(path)
         except (OSError, ValueError, KeyError) as error:

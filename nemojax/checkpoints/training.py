@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import absolute
 from nemojax.checkpoints import store
 from nemojax.checkpoints.artifact import Checkpoints, final_step
 from nemojax.model.llama import Params
@@ -91,7 +92,7 @@ def moments_reader(artifact: str | Path, opt_state: Any, arch: ArchSpec | None) 
 
     ValueError when it has none, or not all that `opt_state` (abstract or not) has.
     """
-    path = Path(artifact).absolute() / "checkpoints" / str(final_step(artifact)) / "state"
+    path = absolute(artifact) / "checkpoints" / str(final_step(artifact)) / "state"
     if not path.is_dir():
         raise ValueError(
             f"{artifact}: expected the optimiser of its training, got weights alone; choose optimizer fresh"

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from nemojax.buckets import copy_file, place
 
 if TYPE_CHECKING:
     from nemojax.arch import ArchSpec
@@ -116,12 +117,12 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         import tokenizers
 
-        self.path = Path(path)
+        self.path = place(path)
         source = self.path / "tokenizer.json"
         if not source.is_file():
             raise ValueError(f"{self.path}: expected a fast tokenizer (tokenizer.json), got none")
         try:
-            self._rust = tokenizers.Tokenizer.from_file(str(source))
+            self._rust = tokenizers.Tokenizer.from_buffer(source.read_bytes())
         except Exception as error:
             raise ValueError(f"{source}: not a tokenizer file ({error})") from error
         self.config = _read_json(self.path / "tokenizer_config.json")
@@ -199,17 +200,17 @@ class Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a directory (or of its `tokenizer/` folder); ValueError if there is none."""
-    path = Path(path)
+    path = place(path)
     return Tokenizer(path if (path / "tokenizer.json").is_file() else path / "tokenizer")
 
 
 def copy_tokenizer(source: str | Path, out: str | Path) -> Path:
     """Copies the files that make a tokenizer; returns the new directory."""
-    source, out = Path(source), Path(out)
+    source, out = place(source), place(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        if (source / name).is_file() and source.resolve() != out.resolve():
-            shutil.copyfile(source / name, out / name)
+        if (source / name).is_file():
+            copy_file(source / name, out / name)
     return out
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from nemojax.buckets import kvstore_spec
 from nemojax.stage import read_result
 
 FORMAT_VERSION = 1
@@ -47,25 +48,6 @@ class About:
     batch_size: int
     steps: int
     steps_per_file: int
-
-
-def kvstore_spec(url: str) -> dict[str, Any]:
-    """Tensorstore's name for a folder: a local path, file://, gs://bucket/path, s3://bucket/path, memory://."""
-    scheme, found, rest = url.partition("://")
-    if not found:
-        return {"driver": "file", "path": f"{Path(url).expanduser().absolute()}/"}
-    rest = rest.rstrip("/") + "/"
-    match scheme:
-        case "file":
-            return {"driver": "file", "path": f"{Path('/' + rest.lstrip('/'))}/"}
-        case "memory":
-            return {"driver": "memory", "path": rest}
-        case "gs" | "s3":
-            bucket, _, path = rest.partition("/")
-            if not bucket:
-                raise ValueError(f"{url}: expected {scheme}://BUCKET/PATH, got no bucket")
-            return {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": path}
-    raise ValueError(f"{url}: expected a path, gs:// or s3://, got {scheme}://")
 
 
 def location(path: str) -> str:

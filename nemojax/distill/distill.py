@@ -71,7 +71,10 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
         inputs.append(cfg.teaching.cache)
     if cfg.on_policy.chats:
         inputs += local_files(cfg.on_policy.chats)
-    return run_stage("distill", cfg, workdir, inputs, lambda path: _distill(cfg, path), many_processes=True)
+    return run_stage(
+        "distill", cfg, workdir, inputs, lambda path: _distill(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def _distill(cfg: Config, workdir: Path) -> dict[str, Any]:

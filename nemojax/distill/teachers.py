@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec, load_arch
+from nemojax.buckets import place
 from nemojax.checkpoints.artifact import load_model, load_params
 from nemojax.checkpoints.digest import weights_digest
 from nemojax.config import field, required
@@ -104,9 +104,9 @@ def find_teachers(
     are compared; ValueError for one that cannot be, or with which the student has fewer in common."""
     archs = []
     for path in paths:
-        if not (Path(path) / "arch.json").is_file():
+        if not (place(path) / "arch.json").is_file():
             raise ValueError(f"{path}: expected an artifact with arch.json, got none; import a model first")
-        archs.append(load_arch(Path(path) / "arch.json"))
+        archs.append(load_arch(place(path) / "arch.json"))
         _check_vocab(path, archs[-1], arch, tokenizer, shared)
     return Teachers(tuple(paths), tuple(archs), cfg, shared)
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import place, write_text
 from nemojax.config import field
 from nemojax.data import problems
 from nemojax.data.tokenizer import Tokenizer
@@ -81,15 +82,15 @@ def ask(generator: Generator, cfg: TasksConfig, only: Sequence[int] | None = Non
     places = range(len(asked)) if only is None else only
     found = generator.answer([asked[place][1] for place in places])
     records: list[Record] = []
-    for place, answers in zip(places, found, strict=True):
-        question, _ = asked[place]
+    for at, answers in zip(places, found, strict=True):
+        question, _ = asked[at]
         texts = [answer.text for answer in answers]
         grades = [grade(question, text) for text in texts]
         records.append(
             {
                 "family": question.problem.family,
                 "thinking": question.thinking,
-                "index": place % num_problems,
+                "index": at % num_problems,
                 "prompt": question.problem.prompt,
                 "reference": question.problem.answer,
                 "accuracy": [g.accuracy for g in grades],
@@ -206,12 +207,9 @@ def paired_bootstrap(
 
 def save_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line, whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    partial.replace(path)
+    write_text(place(path), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def load_records(path: str | Path) -> list[Record]:
     """What `save_records` wrote."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in place(path).read_text(encoding="utf-8").splitlines()]

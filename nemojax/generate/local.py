@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from nemojax.arch import ArchSpec, load_arch
+from nemojax.buckets import place
 from nemojax.checkpoints.artifact import final_step, load_model
 from nemojax.data.chat import check_length, encode_prompt, opens_thinking, plain_messages
 from nemojax.data.tokenizer import THINK, THINKING, Tokenizer, check_vocab, load_tokenizer
@@ -48,7 +49,7 @@ class Reader:
     def open(cls, artifact: str | Path) -> Reader:
         """ValueError that says what is wrong with a path where no artifact is."""
         final_step(artifact)
-        arch, tokenizer = load_arch(Path(artifact) / "arch.json"), load_tokenizer(artifact)
+        arch, tokenizer = load_arch(place(artifact) / "arch.json"), load_tokenizer(artifact)
         check_vocab(tokenizer, arch)
         return cls(arch, tokenizer)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from nemojax.buckets import files_below, place, version
 from nemojax.checkpoints.artifact import final_step
 from nemojax.data.chat import check_length
 from nemojax.generate.local import (
@@ -90,7 +91,7 @@ class Artifact:
         self._room = 0
 
     def identity(self) -> dict[str, Any]:
-        return {"artifact": _digest(Path(self._path))}
+        return {"artifact": _digest(place(self._path))}
 
     def check(self, asked: Sequence[Asked]) -> None:
         context = self._reader.arch.context
@@ -148,9 +149,9 @@ def _digest(artifact: Path) -> str:
     """What an artifact holds, by content, so that it may be moved."""
     digest = hashlib.sha256()
     params = artifact / "checkpoints" / str(final_step(artifact)) / "params"
-    files = [f for root in (artifact / "tokenizer", params) for f in root.rglob("*") if f.is_file()]
+    files = [f for root in (artifact / "tokenizer", params) for f in files_below(root)]
     for path in sorted([artifact / "arch.json", *files]):
-        size = path.stat().st_size
+        size, _ = version(path)
         digest.update(f"{path.relative_to(artifact)} {size}\n".encode())
         digest.update(path.read_bytes() if size <= _HASHED_BYTES else b"")
     return digest.hexdigest()

@@ -74,7 +74,10 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     Returns pass@1 on held-out problems before and after, and for each setting of the toggle and overall the
     paired difference with its 95% bootstrap interval.
     """
-    return run_stage("rl", cfg, workdir, [cfg.model], lambda path: _train(cfg, path), many_processes=True)
+    return run_stage(
+        "rl", cfg, workdir, [cfg.model], lambda path: _train(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:

@@ -1,0 +1,211 @@
+"""Where files are: folders of this machine and, by the same methods, buckets (gs://, s3://).
+
+A bucket has no rename and no append: an object is there whole or not at all, a directory is what its objects
+have in common, and so the object that is written last (DONE, Orbax's commit_success.txt) says that the
+others are there. Credentials and endpoints are those of gcsfs and s3fs, and of tensorstore, from the
+environment of Google Cloud and AWS.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+_PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> (what opens it, our extra)
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path names a place in a bucket, or another address."""
+    return "://" in os.fspath(path)
+
+
+def place(path: str | os.PathLike) -> Path:
+    """A folder or file here, or in a bucket by etils' epath, whose methods are those of pathlib but for
+    `rglob` (see `files_below`).
+
+    ValueError for another address, or without the package that reads it.
+    """
+    text = os.fspath(path)
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return Path(text)
+    if scheme not in _PACKAGES:
+        raise ValueError(f"{text}: expected a path, gs:// or s3://, got {scheme}://")
+    if not rest.strip("/"):
+        raise ValueError(f"{text}: expected {scheme}://BUCKET/PATH, got no bucket")
+    _prepare(scheme)
+    from etils import epath
+
+    return cast(Path, epath.Path(text))
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """`place` of a path, from the root if it is here."""
+    there = place(path)
+    return there if is_bucket(there) else there.absolute()
+
+
+def directory(path: str | os.PathLike) -> Path:
+    """A directory of this machine; ValueError for a bucket, for what cannot work in one."""
+    if is_bucket(path):
+        raise ValueError(
+            f"{os.fspath(path)}: expected a directory of this machine; only import, pretrain, distill, sft "
+            "and rl write to buckets; for others mount it (gcsfuse, mountpoint-s3) and name the directory"
+        )
+    return Path(path)
+
+
+@functools.cache
+def _prepare(scheme: str) -> None:
+    package, extra = _PACKAGES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{scheme}://: expected the package {package}, got none; pip install 'nemojax[{extra}]'"
+        )
+    from fsspec.config import conf
+
+    # other processes write too, so what was listed once is not what is there now
+    for name in {"gs": ("gs", "gcs"), "s3": ("s3",)}[scheme]:
+        conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+
+
+def check_bucket(path: str | os.PathLike) -> None:
+    """ValueError when the bucket of a place cannot be listed; nothing for a place on this machine."""
+    if not is_bucket(path):
+        return
+    place(path)
+    scheme, _, rest = os.fspath(path).partition("://")
+    bucket = f"{scheme}://{rest.partition('/')[0]}"
+    try:
+        _system(bucket).ls(bucket)
+    except Exception as error:  # gcsfs, botocore and aiohttp have each their own
+        line = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(
+            f"{os.fspath(path)}: cannot list the bucket {bucket} ({line[:200]}); check its name and the "
+            "credentials of this machine"
+        ) from error
+
+
+def _system(url: str) -> Any:
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)[0]
+
+
+def names_in(directory: Path) -> set[str]:
+    """The names of what is in a directory; none where there is no directory."""
+    return {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+
+
+def files_below(directory: Path) -> Iterator[Path]:
+    """All files of a directory and of those in it, in no order."""
+    if is_bucket(directory):
+        system = _system(str(directory))
+        yield from (place(system.unstrip_protocol(name)) for name in system.find(str(directory)))
+    else:
+        yield from (path for path in directory.rglob("*") if path.is_file())
+
+
+def version(path: Path) -> Any:
+    """What changes when a file does, without reading it: its size, and time of change or checksum."""
+    if is_bucket(path):
+        system = _system(str(path))
+        return [system.size(str(path)), str(system.checksum(str(path)))]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing: an object of a bucket, or a temporary name on disk, then renamed."""
+    if is_bucket(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a small file, of which either may be in a bucket; does nothing where both are the same file."""
+    if is_bucket(source) or is_bucket(target):
+        if source != target:
+            target.write_bytes(source.read_bytes())
+    elif source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+
+
+def remove_tree(directory: Path) -> None:
+    """Removes a directory and all that is in it; does nothing when there is none."""
+    if not is_bucket(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+    elif directory.exists():
+        cast(Any, directory).rmtree()
+
+
+def kvstore_spec(url: str) -> dict[str, Any]:
+    """Tensorstore's name for a folder: a local path, file://, gs://bucket/path, s3://bucket/path, memory://."""
+    scheme, found, rest = url.partition("://")
+    if not found:
+        return {"driver": "file", "path": f"{Path(url).expanduser().absolute()}/"}
+    rest = rest.rstrip("/") + "/"
+    match scheme:
+        case "file":
+            return {"driver": "file", "path": f"{Path('/' + rest.lstrip('/'))}/"}
+        case "memory":
+            return {"driver": "memory", "path": rest}
+        case "gs" | "s3":
+            bucket, _, path = rest.partition("/")
+            if not bucket:
+                raise ValueError(f"{url}: expected {scheme}://BUCKET/PATH, got no bucket")
+            spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": path}
+            return spec | (_endpoint() if scheme == "s3" else {})
+    raise ValueError(f"{url}: expected a path, gs:// or s3://, got {scheme}://")
+
+
+def _endpoint() -> dict[str, str]:
+    """Where S3 is when it is not Amazon's: tensorstore does not look into the environment for it."""
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return {"endpoint": url, "aws_region": region} if url else {}
+
+
+@functools.cache
+def teach_orbax_s3() -> None:
+    """Has Orbax write to s3:// as it does to gs://.
+
+    It opens s3:// paths (epath), but of its two questions, which tensorstore driver a path means and whether
+    it can be renamed, it answers both as for a folder. Called before a checkpoint in S3 is read or written.
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    def is_object_store(path: Any) -> bool:
+        return os.fspath(path).startswith(("gs://", "s3://"))
+
+    def normalized(path: str) -> str:
+        scheme, found, rest = path.partition("://")
+        return f"{scheme}://{os.path.normpath(rest)}" if found else os.path.normpath(path)
+
+    google = gcs_utils.get_kvstore_for_gcs
+
+    def kvstore(path: str) -> dict[str, Any]:
+        if path.startswith("gs://"):
+            return google(path)
+        spec = kvstore_spec(path)
+        return spec | {"path": spec["path"].removesuffix("/")}
+
+    gcs_utils.is_gcs_path = is_object_store
+    gcs_utils.get_kvstore_for_gcs = kvstore
+    tensorstore_utils._use_gcs_driver = is_object_store
+    tensorstore_utils._normalize_path = normalized

@@ -1,0 +1,43 @@
+"""`python -m tests.gcs_server start ...`: gcp-storage-emulator, with generations as tensorstore wants them.
+
+The emulator numbers an object's generations, but neither names them beside an object's contents nor heeds the
+conditions on them by which a client reads what has changed, and writes only what has not.
+"""
+
+from http import HTTPStatus
+
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+
+
+def with_conditions(handle):
+    def handler(request, response, storage, *args, **kwargs):
+        asked = {key: values[0] for key, values in request.query.items()}
+        name = asked.get("name") or request.params.get("object_id")
+        before = generation(storage, request.params["bucket_name"], name)
+        if asked.get("ifGenerationMatch", before) != before:
+            response.status = HTTPStatus.PRECONDITION_FAILED
+        elif asked.get("ifGenerationNotMatch") == before:
+            response.status = HTTPStatus.NOT_MODIFIED
+        else:
+            handle(request, response, storage, *args, **kwargs)
+            response["X-Goog-Generation"] = generation(storage, request.params["bucket_name"], name)
+
+    return handler
+
+
+def generation(storage, bucket, name):
+    """Of an object that is there; 0 of none."""
+    try:
+        return storage.get_file_obj(bucket, name)["generation"]
+    except (NotFound, TypeError):  # a request that names its object in its body
+        return "0"
+
+
+for verb in ("get", "insert", "delete", "download"):  # before the server takes them up
+    setattr(objects, verb, with_conditions(getattr(objects, verb)))
+
+if __name__ == "__main__":
+    from gcp_storage_emulator.__main__ import main
+
+    main()
