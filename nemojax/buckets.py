@@ -54,8 +54,8 @@ def directory(path: str | os.PathLike) -> Path:
     """A directory of this machine; ValueError for a bucket, for what cannot work in one."""
     if is_bucket(path):
         raise ValueError(
-            f"{os.fspath(path)}: expected a directory of this machine; only import, pretrain, distill, sft "
-            "and rl write to buckets; for others mount it (gcsfuse, mountpoint-s3) and name the directory"
+            f"{os.fspath(path)}: expected a directory of this machine; only import, pretrain, distill, sft, "
+            "rl and evaluate write to buckets; for others mount it (gcsfuse, mountpoint-s3) and name that"
         )
     return Path(path)
 

@@ -21,6 +21,8 @@ from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model
 from nemojax.checkpoints.hf import export_hf, import_hf
 from nemojax.config import from_dict
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
+from nemojax.evaluate import run as evaluate
+from nemojax.evaluate.tasks import load_records
 from nemojax.log import RunLog, read_metrics
 from nemojax.model.llama import init_params
 from nemojax.stage import OtherRun, fingerprint, read_done, read_result, run_stage
@@ -235,6 +237,16 @@ def test_a_training_and_what_follows(bucket, model, tmp_path):
     tuned = {"model": f"{bucket}/pretrain", "data": data, "fit": {"steps": 2, "log_every": 1}}
     sft.run(from_dict(sft.Config, tuned), f"{bucket}/sft")
     assert finished_steps(f"{bucket}/sft") == [2] and load_tokenizer(f"{bucket}/sft").vocab_size == 300
+    asked = {"problems": {"families": ["sum2x1"], "count": 1}, "max_new_tokens": 2}
+    exam = {
+        "models": {"tuned": f"{bucket}/sft"},
+        "tasks": asked,
+        "data": {"length": 64, "heldout_batches": 1},
+    }
+    exam["latency"] = {"batch": 1, "prompt": 8, "new_tokens": 2, "repeats": 1}
+    evaluate.run(from_dict(evaluate.Config, exam), f"{bucket}/exam")
+    records = load_records(place(f"{bucket}/exam") / "tasks_tuned.jsonl")
+    assert records and all(record["family"] == "sum2x1" for record in records)
 
 
 def recipe(model, folder: Path, **fit) -> Path:

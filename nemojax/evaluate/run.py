@@ -80,7 +80,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     inputs = [*_artifacts(cfg).values(), *input_files((*cfg.data.sources, *cfg.data.heldout))]
     if cfg.long_context.lengths:
         inputs += long_context.inputs(cfg.long_context)
-    return run_stage("evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path))
+    return run_stage("evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path), buckets=True)
 
 
 def table(result: dict[str, Any]) -> str:
