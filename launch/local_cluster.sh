@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Usage: bash launch/local_cluster.sh N [--devices=D] STAGE --config=FILE.py --workdir=DIR [--config.a.b=value ...]
+#        bash launch/local_cluster.sh N import HF_DIR ARTIFACT | export ARTIFACT HF_DIR
 # A cluster on this machine: N processes with D virtual CPU devices each (1), which meet over loopback and
-# talk through gloo. Each writes to DIR.process<i>.log. SIGTERM and Ctrl-C go to all of them: they write a
+# talk through gloo. Each writes to DIR.process<i>.log (for a bucket, in this directory). SIGTERM and Ctrl-C go to all of them: they write a
 # checkpoint, and this exits with 75, which means "run again to resume", with any N and D. When one ends with
 # an error the others follow within about a minute; this says which it was, and exits with 2.
 set -uo pipefail
@@ -24,7 +25,10 @@ fi
 for argument in "$@"; do
   [[ "$argument" == --workdir=?* ]] && WORKDIR="${argument#*=}"
 done
+case "${1:-}" in import | export) WORKDIR="${3:-}" ;; esac
 [ -n "$WORKDIR" ] || fail "--workdir: expected --workdir=DIR after the stage, got none"
+LOGS="${WORKDIR%/}"
+[[ "$LOGS" != *://* ]] || LOGS="${LOGS##*/}"
 NEMOJAX="${NEMOJAX_VENV:-.venv}/bin/nemojax"
 [ -x "$NEMOJAX" ] || NEMOJAX="$(command -v nemojax)" || fail "expected nemojax in ${NEMOJAX_VENV:-.venv}, got none; install it, or set NEMOJAX_VENV"
 
@@ -35,7 +39,7 @@ export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_dev
 export NEMOJAX_COORDINATOR="127.0.0.1:$PORT" NEMOJAX_NUM_PROCESSES="$N"
 
 PIDS=() CODES=() STOPPED="" FAILED="" SINCE=0
-log_of() { echo "${WORKDIR%/}.process$1.log"; }
+log_of() { echo "$LOGS.process$1.log"; }
 signal_all() {
   for i in "${!PIDS[@]}"; do
     [ -n "${CODES[i]}" ] || kill "-$1" "${PIDS[i]}" 2> /dev/null
@@ -47,7 +51,7 @@ stop() { # the second time for good
 }
 trap stop TERM INT
 
-mkdir -p "$(dirname "$WORKDIR")" || exit 2
+mkdir -p "$(dirname "$LOGS")" || exit 2
 for ((i = 0; i < N; i++)); do
   NEMOJAX_PROCESS_ID="$i" "$NEMOJAX" "$@" >> "$(log_of "$i")" 2>&1 &
   PIDS[i]=$! CODES[i]=""

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from nemojax import cli
 from nemojax.checkpoints.artifact import load_params, save_params
 from nemojax.data.tokenizer import train_tokenizer
 from nemojax.hosts import on_primary, process_arguments, start_processes
@@ -510,3 +511,35 @@ def test_a_compression_in_two_processes_equals_one(single, tmp_path):
     assert arch == other and arch.blocks != load_params(single.workdir)[0].blocks
     for a, b in zip(jax.tree.leaves(child), jax.tree.leaves(twin), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_importing_and_exporting_in_two_processes_equals_one(single, tmp_path):
+    """Files of one tensor each, so that both processes have some; of an import each reads its own."""
+    command = ["export", str(single.workdir), str(tmp_path / "one"), "--max_shard_bytes=1"]
+    assert cli.main(command) == 0
+    for what, source, target in (
+        ("export", single.workdir, tmp_path / "two"),
+        ("import", tmp_path / "two", tmp_path / "artifact"),
+    ):
+        more = ["--max_shard_bytes=1"] if what == "export" else []
+        done = subprocess.run(
+            ["bash", str(LAUNCHER), "2", what, str(source), str(target), *more],
+            env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION, "NEMOJAX_VENV": sys.prefix},
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert len(files) > 10 and files == {
+        path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()
+    }
+    parts = sorted(
+        path.name for path in (tmp_path / "artifact" / "checkpoints" / "0" / "params").glob("ocdbt.process_*")
+    )
+    assert parts == ["ocdbt.process_0", "ocdbt.process_1"]
+    (arch, params), (other, twin) = load_params(single.workdir), load_params(tmp_path / "artifact")
+    assert arch == other
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(twin), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert names == ["artifact", "one", "two"]  # nothing half written

@@ -17,7 +17,9 @@ def import_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     from nemojax.checkpoints.hf import import_hf
+    from nemojax.hosts import start_processes
 
+    start_processes()
     arch = import_hf(args.source, args.artifact, revision=args.revision)
     print(f"{args.artifact}: {arch.num_layers} layers, {arch.num_params():,} parameters")
     return 0
@@ -41,7 +43,9 @@ def export_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     from nemojax.checkpoints.hf import export_hf
+    from nemojax.hosts import start_processes
 
+    start_processes()
     done = export_hf(args.artifact, args.out, args.format, args.step, args.max_shard_bytes, args.dtype)
     print(f"{done.path}: {done.format}, {done.num_tensors} tensors, {done.size:,} bytes")
     for warning in done.warnings:

@@ -1,7 +1,8 @@
 """Hugging Face directories in and out: a tensor or a shard at a time, bitwise, all or nothing.
 
 Import streams: Orbax is handed arrays that read their tensor when they are written, so host memory holds
-a bounded batch (`store.LAZY_BYTES`, or the largest tensor). Export reads one output shard at a time. The
+a bounded batch (`store.LAZY_BYTES`, or the largest tensor). Export reads one output shard at a time. Several
+processes share out the tensors of an import and the files of an export. The
 original config.json and generation_config.json stay beside the architecture, in `ARTIFACT/hf/`, so that an
 unchanged model is exported key by key as it came. Both write under a temporary name and rename.
 """
@@ -20,11 +21,12 @@ from typing import Any, Literal
 import numpy as np
 
 from nemojax.arch import ArchSpec, load_arch
-from nemojax.buckets import absolute, check_bucket, copy_file, directory, is_bucket, remove_tree
+from nemojax.buckets import absolute, check_bucket, copy_file, directory, is_bucket, place, remove_tree
 from nemojax.checkpoints import decilm, hf_fp8, hf_weights, side_files
 from nemojax.checkpoints.artifact import Checkpoints, params_reader
 from nemojax.checkpoints.hf_config import FORMATS, Format, arch_from_config, choose_format, config_from_arch
 from nemojax.checkpoints.store import Reader, nested
+from nemojax.hosts import failing_together, is_primary, of_all, on_primary
 
 MAX_SHARD_BYTES = 5_000_000_000
 _WANTED = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
@@ -55,13 +57,17 @@ def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str
     kind = hf_fp8.Dequantized if hf_fp8.is_fp8(config, str(config_path)) else hf_weights.SafetensorsDir
     tensors = kind(source)
     weights = hf_weights.match_weights(tensors, arch)
-    with _new_directory(target) as partial:
+
+    def write_small_files(partial: Path) -> None:
         (partial / "arch.json").write_text(arch.dumps())
         (partial / "hf").mkdir(exist_ok=True)
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 copy_file(source / name, partial / "hf" / name)
         side_files.copy_tokenizer(source, partial / "tokenizer", arch.vocab_size)
+
+    with failing_together(), _new_directory(target) as partial:
+        on_primary(lambda: write_small_files(partial))
         checkpoints = Checkpoints(partial, keep_last=1, arch=arch)
         checkpoints.save(0, nested(hf_weights.lazy_params(tensors, weights)))
         checkpoints.close()
@@ -102,13 +108,17 @@ def export_hf(
         config["quantization_config"] = hf_fp8.QUANTIZATION_CONFIG
     side_files.check_vocabulary(artifact / "tokenizer", arch.vocab_size)
     weights = hf_weights.weights_of(arch)
-    with _new_directory(directory(out).absolute()) as partial:
+
+    def write_small_files(partial: Path) -> None:
         side_files.write_json(partial / "config.json", config)
         if generation := side_files.generation_config(artifact, ids):
             side_files.write_json(partial / "generation_config.json", generation)
         side_files.export_tokenizer(artifact / "tokenizer", partial)
         if kind == "decilm":
             _copy_model_code(partial)
+
+    with failing_together(), _new_directory(directory(out).absolute()) as partial:
+        on_primary(lambda: write_small_files(partial))
         count, size = _write_weights(partial, reader, weights, max_shard_bytes, dtype)
     warnings = tuple(decilm.loader_warnings(arch)) if kind == "decilm" else ()
     return Exported(Path(out).absolute(), kind, count, size, warnings)
@@ -150,7 +160,7 @@ def _write_weights(
         return tensors
 
     size = hf_weights.write_shards(out, hf_weights.plan_shards(sizes, max_shard_bytes), read)
-    return count, size
+    return sum(of_all(count)), size
 
 
 def _copy_model_code(out: Path) -> None:
@@ -183,23 +193,31 @@ def _find_source(src: str | os.PathLike, revision: str | None) -> Path:
 def _new_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target` when the body succeeds and vanishes when it does not.
 
-    A bucket has no names to change: there it is `target`, of which the checkpoint is finished last.
+    A bucket has no names to change: there it is `target`, of which the checkpoint is finished last. Several
+    processes have the same one.
     """
-    check_bucket(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: already exists; remove it or choose another name")
-    partial = target
-    if not is_bucket(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin() -> str:
+        check_bucket(target)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(f"{target}: already exists; remove it or choose another name")
+        if is_bucket(target):
+            return str(target)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         remove_tree(partial)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
+        return str(partial)
+
+    partial = place(on_primary(begin))
     try:
-        partial.mkdir(exist_ok=is_bucket(target))
         yield partial
-        if partial != target:
-            partial.rename(target)
+        on_primary(lambda: None if partial == target else str(partial.rename(target)))
     except BaseException as error:
-        _remove(partial)
+        if is_primary():
+            _remove(partial)
         match error:
             case OSError():
                 raise ValueError(f"{target}: could not write ({error.strerror or error})") from error

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.checkpoints.artifact import layer_shapes, outer_shapes
 from nemojax.checkpoints.store import LazyArray
+from nemojax.hosts import of_all, on_primary
 
 INDEX = "model.safetensors.index.json"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
@@ -203,24 +205,28 @@ def write_shards(
 ) -> int:
     """Writes model-0000x-of-0000y.safetensors and the index, a shard at a time; returns bytes of weights.
 
-    `read` gives the tensors of a shard by name, and may add others. OSError when one cannot be written.
+    Of several processes each writes its share of the files, and all return the same. `read` gives the tensors
+    of a shard by name, and may add others. OSError when one cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     weight_map: dict[str, str] = {}
     total = 0
-    for i, names in enumerate(shards):
+    for i in range(jax.process_index(), len(shards), jax.process_count()):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = read(names)
+        tensors = read(shards[i])
         try:
             save_file(tensors, str(out / file), metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{file}: {error}") from error
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
+    written = of_all([weight_map, total])
+    weight_map = {name: file for part, _ in written for name, file in part.items()}
+    total = sum(size for _, size in written)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    on_primary(lambda: (out / INDEX).write_text(json.dumps(index, indent=2) + "\n"))
     return total
 
 

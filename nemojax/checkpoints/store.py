@@ -163,6 +163,7 @@ def handler(path: Path) -> Any:
     """The Orbax tree handler for a place: no second host copy, lazy arrays in bounded batches."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
+    from orbax.checkpoint._src.serialization import ocdbt_utils, tensorstore_utils
 
     class _Arrays(type_handlers.NumpyHandler):
         """No second host copy; when one array fails the others end before that is raised, so that
@@ -192,15 +193,31 @@ def handler(path: Path) -> Any:
             return await _settled([one([info]) for info in infos])
 
     class _Lazy(_Arrays):
-        """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays."""
+        """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays. Of several
+        processes each has its share of them."""
 
         async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
             args = args or [type_handlers.SaveArgs()] * len(values)
-            for batch in _batches([value.nbytes for value in values]):
-                arrays: Any = [values[i].load() for i in batch]
-                await super()._background_serialize(
-                    arrays, [infos[i] for i in batch], [args[i] for i in batch]
-                )
+            mine = range(jax.process_index(), len(values), jax.process_count())
+            self.failures = []
+            for batch in _batches([values[i].nbytes for i in mine]):
+                arrays = [values[mine[i]].load() for i in batch]
+                writes = [
+                    self._write(array, infos[mine[i]], args[mine[i]])
+                    for i, array in zip(batch, arrays, strict=True)
+                ]
+                await asyncio.gather(*writes)
+                if self.failures:
+                    raise self.failures[0]
+
+        async def _write(self, array: np.ndarray, info: Any, arg: Any) -> None:
+            await info.await_path_creation()
+            place = ocdbt_utils.get_process_index_for_subdir(use_ocdbt=info.is_ocdbt_checkpoint)
+            spec = tensorstore_utils.build_array_write_spec(
+                info, arg, global_shape=array.shape, local_shape=array.shape, dtype=array.dtype,
+                use_ocdbt=info.is_ocdbt_checkpoint, process_index=place, metadata_key=self._metadata_key,
+            )  # fmt: skip
+            await self._open_and_write(array, spec.json, info.ts_context)
 
         async def serialize(self, values: Any, infos: Any, args: Any = None):
             from orbax.checkpoint import future
