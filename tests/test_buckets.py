@@ -262,6 +262,7 @@ def recipe(model, folder: Path, **fit) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_killed_and_resumed(bucket, model, tmp_path):
     fit = {"steps": 24, "log_every": 1, "checkpoint_every": 8}
     command = [sys.executable, "-m", "nemojax.cli", "pretrain", f"--config={recipe(model, tmp_path, **fit)}"]
@@ -283,6 +284,7 @@ def test_killed_and_resumed(bucket, model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 def test_two_processes(bucket, model, tmp_path):
     """Each writes its own shards into the bucket; one keeps the books."""
     fit = {"steps": 4, "log_every": 1}
