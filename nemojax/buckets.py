@@ -54,8 +54,8 @@ def directory(path: str | os.PathLike) -> Path:
     """A directory of this machine; ValueError for a bucket, for what cannot work in one."""
     if is_bucket(path):
         raise ValueError(
-            f"{os.fspath(path)}: expected a directory of this machine; only import, pretrain, distill, sft, "
-            "rl and evaluate write to buckets; for others mount it (gcsfuse, mountpoint-s3) and name that"
+            f"{os.fspath(path)}: expected a directory of this machine; what does not work in a bucket "
+            "works where one is mounted (gcsfuse, mountpoint-s3): name the directory there"
         )
     return Path(path)
 
@@ -121,14 +121,19 @@ def version(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Writes the whole file or nothing: an object of a bucket, or a temporary name on disk, then renamed."""
     if is_bucket(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

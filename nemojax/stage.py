@@ -94,9 +94,8 @@ def expect_one_process(name: str) -> None:
 def _begin(workdir: Path, wanted: Mapping[str, Any], held: contextlib.ExitStack) -> dict[str, Any] | None:
     """The result of a finished stage; else None, and the directory belongs to this run and is locked."""
     _check_owner(workdir, wanted)
-    if not is_bucket(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(workdir))
+    workdir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(workdir))
     _check_owner(workdir, wanted)  # again: another process may have begun since
     if read_done(workdir):
         return read_result(workdir)
@@ -209,7 +208,11 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the directory for this process; the system lets go of it however the process ends."""
+    """Holds the directory for this process; the system lets go of it however the process ends. A bucket has
+    nothing to hold."""
+    if is_bucket(workdir):
+        yield
+        return
     with (workdir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """Work directories and artifacts in buckets, over HTTP from emulators of Google Cloud Storage and S3."""
 
+import json
 import os
 import signal
 import socket
@@ -14,11 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from nemojax import buckets, cli, pretrain, sft
-from nemojax.arch import uniform
+from nemojax import buckets, cli, pretrain, sft, tokenizer
+from nemojax.arch import ArchSpec, BlockSpec, NoOp, uniform
 from nemojax.buckets import place
 from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model, load_params, save_params
 from nemojax.checkpoints.hf import export_hf, import_hf
+from nemojax.compress import fuse, prune
+from nemojax.compress import run as compress
+from nemojax.compress.table import load_table
 from nemojax.config import from_dict
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
 from nemojax.evaluate import run as evaluate
@@ -89,7 +93,7 @@ def wait_until(condition, process, log, seconds=120.0):
 @dataclass(frozen=True)
 class Model:
     folder: Path
-    arch: object
+    arch: ArchSpec
     params: dict
 
 
@@ -249,6 +253,73 @@ def test_a_training_and_what_follows(bucket, model, tmp_path):
     assert records and all(record["family"] == "sum2x1" for record in records)
 
 
+TEXTS = {"length": 64, "batch_size": 8, "heldout_batches": 1}
+
+
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_a_compression(bucket, model, tmp_path):
+    """Library, scores and child, as in a folder; and what was searched is searched from there."""
+    values = {
+        "parent": str(model.folder),
+        "data": {"length": 64, "batch_size": 8},
+        "space": {"attn_noop": False, "ffn_ratios": [0.5], "multiple": 8},
+        "bld": {"steps": 2},
+        "importance": {"batches": 1},
+        "scoring": {"batches": 1},
+        "cost": {"timings": []},
+        "budget": {"ratio": {"params": 0.8}},
+    }
+    cfg = from_dict(compress.Config, values)
+    here, there = compress.run(cfg, tmp_path / "here"), compress.run(cfg, f"{bucket}/compress")
+    assert {**here, "seconds": 0} == {**there, "seconds": 0}
+    (arch, child), (other, twin) = load_params(tmp_path / "here"), load_params(f"{bucket}/compress")
+    assert arch == other and arch.blocks != model.arch.blocks and equal(child, twin)
+    table = place(f"{bucket}/compress") / "table.json"
+    assert json.loads(table.read_text()) == json.loads((tmp_path / "here" / "table.json").read_text())
+    assert load_table(str(table)).layers
+    with pytest.raises(
+        ValueError, match=rf"^bld.window: expected a --workdir on this machine, got {bucket}/w;"
+    ):
+        compress.run(from_dict(compress.Config, values | {"bld": {"window": 1}}), f"{bucket}/w")
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_a_tokenizer_a_pruning_and_a_fusion(bucket, model, tmp_path):
+    cfg = from_dict(tokenizer.Config, {"vocab_size": 300})
+    assert tokenizer.run(cfg, tmp_path / "tokenizer") == tokenizer.run(cfg, f"{bucket}/tokenizer")
+    files = [
+        place(at) / "tokenizer" / "tokenizer.json" for at in (tmp_path / "tokenizer", f"{bucket}/tokenizer")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    values = {
+        "parent": str(model.folder),
+        "data": TEXTS,
+        "targets": {"ffn_width": 16},
+        "importance": {"batches": 1},
+    }
+    found = prune.run(from_dict(prune.Config, values), f"{bucket}/pruned")
+    assert found == prune.run(from_dict(prune.Config, values), tmp_path / "pruned")
+    assert equal(load_params(tmp_path / "pruned")[1], load_params(f"{bucket}/pruned")[1])
+    ffn = model.arch.blocks[0].ffn
+    arch = model.arch.replace(blocks=(model.arch.blocks[0], *[BlockSpec(NoOp(), ffn)] * 3))
+    save_params(
+        f"{bucket}/parent",
+        arch,
+        init_params(arch, jax.random.key(1)),
+        tokenizer_dir=model.folder / "tokenizer",
+    )
+    fusing = {
+        "model": f"{bucket}/parent",
+        "data": TEXTS,
+        "batches": 1,
+        "fusion": {"skip_last": 0, "runs": [[1, 3]]},
+    }
+    fusing["latency"] = {"batch": 1, "prompt": 8, "new_tokens": 2, "repeats": 1}
+    fuse.run(from_dict(fuse.Config, fusing), f"{bucket}/fused")
+    assert load_params(f"{bucket}/fused")[0].num_layers == 4
+    assert buckets.names_in(place(f"{bucket}/fused")) >= {"dependency.json", "dependency.svg", "DONE"}
+
+
 def recipe(model, folder: Path, **fit) -> Path:
     """A recipe file of `pretraining`, for processes of their own."""
     path = folder / "recipe.py"
@@ -340,9 +411,3 @@ def test_without_its_package(scheme, package, extra, monkeypatch):
             place(f"{scheme}://bucket/run")
     finally:
         buckets._prepare.cache_clear()
-
-
-def test_a_stage_that_cannot_work_in_one(capsys):
-    assert cli.main(["tokenizer", "--workdir=gs://bucket/tokenizer", "--config.vocab_size=300"]) == 2
-    said = capsys.readouterr().err
-    assert "gs://bucket/tokenizer: expected a directory of this machine" in said and "mount it" in said

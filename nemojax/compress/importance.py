@@ -7,6 +7,7 @@ Calibration batches are read one at a time; what is added up stays on the device
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import place, write_bytes
 from nemojax.compress.activation import ActivationMeter
 from nemojax.compress.depth import InfluenceMeter, PerplexityMeter, check_span
 from nemojax.compress.gradients import Order, TaylorMeter, TaylorSum
@@ -134,16 +136,15 @@ def save(importance: Importance, path: str | Path) -> None:
     }
     if importance.embed is not None:
         arrays["embed"] = importance.embed
-    partial_path = Path(path).with_suffix(".partial")
-    with partial_path.open("wb") as file:
-        np.savez(file, version=np.asarray(VERSION), **arrays)
-    partial_path.replace(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, version=np.asarray(VERSION), **arrays)
+    write_bytes(place(path), buffer.getvalue())
 
 
 def load(path: str | Path) -> Importance:
     """The scores in a file of `save`, or of a version before; ValueError when it is damaged or newer."""
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(place(path).read_bytes())) as file:
             arrays = {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path}: damaged ({error}); delete it and run again to measure it") from error

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
+from nemojax.buckets import remove_tree
 from nemojax.compress.bld import Bld, OnStep, Weights, init_kind, train
 from nemojax.compress.bld import take as take  # the stage finds it here
 from nemojax.compress.importance import Importance
@@ -102,7 +102,7 @@ def build(
         builder = _Builder(library, parent, importance, bld, kv_init, recipe, carry)
         for number in range(len(parent.windows())):
             builder.build_window(number, kinds)
-        on_primary(lambda: shutil.rmtree(library.dir / TRAINING, ignore_errors=True))
+        on_primary(lambda: remove_tree(library.dir / TRAINING))
     return library
 
 
@@ -233,7 +233,7 @@ class _Builder:
             finite = [not len(losses) or bool(np.isfinite(losses).any()) for losses in curve.T]
             broken += [f"{kind.name} of layer {i}" for i, f in zip(kind.layers, finite, strict=True) if not f]
             self._save(kind, stack, curve, start, finite)
-        on_primary(lambda: shutil.rmtree(training / digest, ignore_errors=True))
+        on_primary(lambda: remove_tree(training / digest))
         on_primary(lambda: (training / UNIT).unlink())
         if broken:
             names = ", ".join(broken[:4]) + (" and more" if len(broken) > 4 else "")

@@ -7,7 +7,6 @@ scores.json, table.json (the input of the search), solution.json and map.txt.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 
 from nemojax.arch import ArchSpec, BlockSpec
+from nemojax.buckets import is_bucket, remove_tree
 from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model
 from nemojax.compress import importance
 from nemojax.compress.assemble import assemble, block_map, child_arch
@@ -72,7 +72,14 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Compresses in `workdir`, which becomes the child's artifact; returns sizes, score and timings (s)."""
     exact_matmuls(cfg.compute, "compress")
     inputs = [cfg.parent, *input_files(cfg.data.sources)]
-    return run_stage("compress", cfg, workdir, inputs, lambda path: _compress(cfg, path), many_processes=True)
+    if cfg.bld.window and is_bucket(workdir):
+        raise ValueError(
+            f"bld.window: expected a --workdir on this machine, got {workdir}; its files are mapped"
+        )
+    return run_stage(
+        "compress", cfg, workdir, inputs, lambda path: _compress(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def save_child(workdir: Path, child: ArchSpec, params: dict, tokenizer_dir: Path
     """The work directory as the child's artifact; all processes, each with all of the weights."""
     start_artifact(workdir, child, tokenizer_dir)
     for step in finished_steps(workdir):
-        on_primary(lambda step=step: shutil.rmtree(workdir / "checkpoints" / str(step)))
+        on_primary(lambda step=step: remove_tree(workdir / "checkpoints" / str(step)))
     checkpoints = Checkpoints(workdir, keep_last=1, arch=child)
     checkpoints.save(0, params)
     checkpoints.close()

@@ -17,11 +17,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from nemojax.buckets import place
 from nemojax.compress.pattern import excluded, split_rule
 
 Choice = Mapping[str, Any]
@@ -194,7 +194,7 @@ class Table:
 def load_table(path: str | os.PathLike) -> Table:
     """Reads a table from JSON. ValueError, with the file's name, for a file that is not one."""
     try:
-        return Table.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        return Table.from_json(json.loads(place(path).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such table") from error
     except json.JSONDecodeError as error:

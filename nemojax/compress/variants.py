@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
+from nemojax.buckets import absolute, kvstore_spec
 from nemojax.compress.bld import Weights
 from nemojax.compress.subblock import PARTS, Kind, Part, Place, Sub, kind_name, sub_of
 from nemojax.stage import read_json, write_json
@@ -30,7 +30,7 @@ class Library:
     """Variants on disk, each whole or absent. Reading one touches nothing of the others."""
 
     def __init__(self, dir: str | os.PathLike):
-        self.dir = Path(dir).absolute()
+        self.dir = absolute(dir)
         self._stores: dict[str, Any] = {}
 
     def claim(self, parent: str, arch: ArchSpec) -> None:
@@ -169,8 +169,7 @@ class Library:
         return ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True)
 
     def _spec(self, name: str, path: str) -> dict[str, Any]:
-        base = {"driver": "file", "path": f"{self.dir / name}/"}
-        return {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+        return {"driver": "ocdbt", "base": kvstore_spec(str(self.dir / name)), "path": f"{path}/"}
 
     def _ask(self, name: str, what: Any) -> Any:
         """What `what(key-value store of the kind)` returns; one line where tensorstore fails."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemojax.buckets import copy_file, place
+from nemojax.buckets import copy_file, place, write_text
 
 if TYPE_CHECKING:
     from nemojax.arch import ArchSpec
@@ -257,7 +257,7 @@ def train_tokenizer(
     )
     rust.train_from_iterator(_with_template_words(texts), trainer)
     _add_special(rust, special)
-    return _write(rust, Path(out_dir), context)
+    return _write(rust, place(out_dir), context)
 
 
 def _with_template_words(texts: Iterable[str]) -> Iterable[str]:
@@ -284,7 +284,7 @@ def _add_special(rust: Any, special: list[str]) -> None:
 
 def _write(rust: Any, out: Path, context: int) -> Tokenizer:
     out.mkdir(parents=True, exist_ok=True)
-    rust.save(str(out / "tokenizer.json"))
+    write_text(out / "tokenizer.json", rust.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
