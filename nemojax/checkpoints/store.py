@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -163,7 +164,21 @@ def handler(path: Path) -> Any:
     """The Orbax tree handler for a place: no second host copy, lazy arrays in bounded batches."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
-    from orbax.checkpoint._src.serialization import ocdbt_utils, tensorstore_utils
+
+    if str(path).startswith("s3://"):
+        teach_orbax_s3()
+    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it again changes nothing
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, _arrays_handler()(deepcopy_host_arrays=False)),
+        (LazyArray, _lazy_handler()(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler(enable_write_sharding_file=False)),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+
+
+@functools.cache
+def _arrays_handler() -> Any:
+    from orbax.checkpoint import type_handlers
 
     class _Arrays(type_handlers.NumpyHandler):
         """No second host copy; when one array fails the others end before that is raised, so that
@@ -192,7 +207,15 @@ def handler(path: Path) -> Any:
             one = super().metadata
             return await _settled([one([info]) for info in infos])
 
-    class _Lazy(_Arrays):
+    return _Arrays
+
+
+@functools.cache
+def _lazy_handler() -> Any:
+    from orbax.checkpoint import type_handlers
+    from orbax.checkpoint._src.serialization import ocdbt_utils, tensorstore_utils
+
+    class _Lazy(_arrays_handler()):
         """Loads, writes and drops lazy arrays a batch at a time; on disk they are ordinary arrays. Of several
         processes each has its share of them."""
 
@@ -225,15 +248,7 @@ def handler(path: Path) -> Any:
             work = self._background_serialize(values, infos, args)
             return [future.CommitFutureAwaitingContractedSignals(work, name="lazy_arrays")]
 
-    if str(path).startswith("s3://"):
-        teach_orbax_s3()
-    logging.getLogger("absl").addFilter(_not_from_orbax)  # adding it again changes nothing
-    registry = type_handlers.create_type_handler_registry(
-        (np.ndarray, _Arrays(deepcopy_host_arrays=False)),
-        (LazyArray, _Lazy(deepcopy_host_arrays=False)),
-        (jax.Array, type_handlers.ArrayHandler(enable_write_sharding_file=False)),
-    )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    return _Lazy
 
 
 class Reader:
