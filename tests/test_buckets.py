@@ -30,6 +30,7 @@ from nemojax.evaluate.tasks import load_records
 from nemojax.log import RunLog, read_metrics
 from nemojax.model.llama import init_params
 from nemojax.stage import OtherRun, fingerprint, read_done, read_result, run_stage
+from nemojax.study import compare
 from tests.environment import QUICK_COMPILATION
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +250,12 @@ def test_a_training_and_what_follows(bucket, model, tmp_path):
     }
     exam["latency"] = {"batch": 1, "prompt": 8, "new_tokens": 2, "repeats": 1}
     evaluate.run(from_dict(evaluate.Config, exam), f"{bucket}/exam")
+    ways = {
+        "ways": {"one": [f"{bucket}/pretrain"], "other": [str(tmp_path / "here")]},
+        "numbers": {"size": "num_params"},
+    }
+    compared = compare.run(from_dict(compare.Config, ways), f"{bucket}/compare")
+    assert compared["ways"]["one"] == {"size": [here["num_params"]]} == compared["ways"]["other"]
     records = load_records(place(f"{bucket}/exam") / "tasks_tuned.jsonl")
     assert records and all(record["family"] == "sum2x1" for record in records)
 

@@ -47,7 +47,7 @@ class Config:
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Returns {"ways": {way: {title: [a value a seed]}}, "claims": [...]}; `table.md` shows them."""
     inputs = [path for paths in cfg.ways.values() for path in paths]
-    return run_stage("compare", cfg, workdir, inputs, lambda path: _compare(cfg, path))
+    return run_stage("compare", cfg, workdir, inputs, lambda path: _compare(cfg, path), buckets=True)
 
 
 def _compare(cfg: Config, workdir: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _compare(cfg: Config, workdir: Path) -> dict[str, Any]:
 
 def number_at(workdir: str | Path, name: str) -> float:
     """The number under a dotted name of a finished stage; ValueError if it is not done or has none."""
-    if not read_done(Path(workdir)):
+    if not read_done(workdir):
         raise ValueError(f"{workdir}: expected a stage that is done, got one that is not; run it first")
     value: Any = read_result(workdir)
     for part in name.split("."):
