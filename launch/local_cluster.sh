@@ -25,7 +25,11 @@ fi
 for argument in "$@"; do
   [[ "$argument" == --workdir=?* ]] && WORKDIR="${argument#*=}"
 done
-case "${1:-}" in import | export) WORKDIR="${3:-}" ;; esac
+if [ "${1:-}" = import ] || [ "${1:-}" = export ]; then
+  PLACES=()
+  for argument in "${@:2}"; do [[ "$argument" == -* ]] || PLACES+=("$argument"); done
+  WORKDIR="${PLACES[1]:-}"
+fi
 [ -n "$WORKDIR" ] || fail "--workdir: expected --workdir=DIR after the stage, got none"
 LOGS="${WORKDIR%/}"
 [[ "$LOGS" != *://* ]] || LOGS="${LOGS##*/}"

@@ -36,8 +36,8 @@ def place(path: str | os.PathLike) -> Path:
         return Path(text)
     if scheme not in _PACKAGES:
         raise ValueError(f"{text}: expected a path, gs:// or s3://, got {scheme}://")
-    if not rest.strip("/"):
-        raise ValueError(f"{text}: expected {scheme}://BUCKET/PATH, got no bucket")
+    if not all(rest.partition("/")[::2]):  # what empties a place must not be able to empty a bucket
+        raise ValueError(f"{text}: expected {scheme}://BUCKET/PATH, got no {'path' if rest else 'bucket'}")
     _prepare(scheme)
     from etils import epath
 
@@ -51,10 +51,10 @@ def absolute(path: str | os.PathLike) -> Path:
 
 
 def directory(path: str | os.PathLike) -> Path:
-    """A directory of this machine; ValueError for a bucket, for what cannot work in one."""
+    """A directory or file of this machine; ValueError for a bucket, for what cannot work in one."""
     if is_bucket(path):
         raise ValueError(
-            f"{os.fspath(path)}: expected a directory of this machine; what does not work in a bucket "
+            f"{os.fspath(path)}: expected a path on this machine; what does not work in a bucket "
             "works where one is mounted (gcsfuse, mountpoint-s3): name the directory there"
         )
     return Path(path)
@@ -67,6 +67,7 @@ def _prepare(scheme: str) -> None:
         raise ValueError(
             f"{scheme}://: expected the package {package}, got none; pip install 'nemojax[{extra}]'"
         )
+    os.environ.setdefault("EPATH_USE_TF", "false")  # where TensorFlow is installed epath would take that
     from fsspec.config import conf
 
     # other processes write too, so what was listed once is not what is there now
@@ -81,8 +82,12 @@ def check_bucket(path: str | os.PathLike) -> None:
     place(path)
     scheme, _, rest = os.fspath(path).partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
+    system = _system(bucket)
     try:
-        _system(bucket).ls(bucket)
+        try:
+            system.ls(os.fspath(path))
+        except FileNotFoundError:  # nothing there yet, or no bucket
+            system.ls(bucket)
     except Exception as error:  # gcsfs, botocore and aiohttp have each their own
         line = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(
@@ -99,7 +104,10 @@ def _system(url: str) -> Any:
 
 def names_in(directory: Path) -> set[str]:
     """The names of what is in a directory; none where there is no directory."""
-    return {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    try:
+        return {entry.name for entry in directory.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def files_below(directory: Path) -> Iterator[Path]:
@@ -114,8 +122,9 @@ def files_below(directory: Path) -> Iterator[Path]:
 def version(path: Path) -> Any:
     """What changes when a file does, without reading it: its size, and time of change or checksum."""
     if is_bucket(path):
-        system = _system(str(path))
-        return [system.size(str(path)), str(system.checksum(str(path)))]
+        about = _system(str(path)).info(str(path))
+        tags = (about.get(name) for name in ("etag", "ETag", "md5Hash", "generation"))
+        return [about["size"], next((tag for tag in tags if tag), None)]
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -150,12 +159,18 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def remove_tree(directory: Path) -> None:
+def remove_tree(directory: Path, ignore_errors: bool = False) -> None:
     """Removes a directory and all that is in it; does nothing when there is none."""
-    if not is_bucket(directory):
-        shutil.rmtree(directory, ignore_errors=True)
-    elif directory.exists():
-        cast(Any, directory).rmtree()
+    try:
+        if is_bucket(directory):
+            cast(Any, directory).rmtree(missing_ok=True)
+        else:
+            shutil.rmtree(directory)
+    except FileNotFoundError:
+        pass
+    except Exception:
+        if not ignore_errors:
+            raise
 
 
 def kvstore_spec(url: str) -> dict[str, Any]:
@@ -194,6 +209,17 @@ def teach_orbax_s3() -> None:
     """
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    asked = ((gcs_utils, "is_gcs_path"), (gcs_utils, "get_kvstore_for_gcs"))
+    for module, name in (
+        *asked,
+        (tensorstore_utils, "_use_gcs_driver"),
+        (tensorstore_utils, "_normalize_path"),
+    ):
+        if not hasattr(module, name):
+            raise ValueError(
+                f"s3://: expected {name} in {module.__name__}, got none; install orbax-checkpoint 0.12"
+            )
 
     def is_object_store(path: Any) -> bool:
         return os.fspath(path).startswith(("gs://", "s3://"))

@@ -38,6 +38,7 @@ ORDER = ("import", *STAGES, "search", "generate", "serve", "chat", "export", "pl
 PROGRAMS = "NEMOJAX_COMPILATION_CACHE"  # where compiled programs are kept, or "off"
 PROGRAMS_BYTES = 10 << 30  # those unused for longest go first
 
+_BUCKET_CLIENTS = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests"}
 STAGE_USAGE = "nemojax {} [--config=FILE.py] --workdir=DIR [--config.a.b=value ...]"
 EPILOG = """\
 nemojax COMMAND --help lists a command's fields with their defaults and units.
@@ -132,7 +133,9 @@ def user_message(error: Exception) -> str | None:
     # Checkpoint libraries wrap the operating system's error in types of their own.
     if full or "No space left on device" in text or "Disk quota exceeded" in text:
         return f"disk full: {text}; free some space and run again"
-    if isinstance(error, ValueError | OSError):
+    # what opens buckets has errors of its own: no network, no credentials, no permission
+    of_a_bucket = type(error).__module__.partition(".")[0] in _BUCKET_CLIENTS
+    if isinstance(error, ValueError | OSError) or of_a_bucket:
         return text
     return None
 

@@ -31,13 +31,15 @@ def process_arguments(env: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of `jax.distributed.initialize` by the environment; None for a run of one process.
 
     Several processes are: NEMOJAX_COORDINATOR=HOST:PORT with NEMOJAX_NUM_PROCESSES and NEMOJAX_PROCESS_ID
-    (any machine); NEMOJAX_NUM_PROCESSES=auto alone (JAX detects the cluster); a Slurm step of several
-    tasks; a TPU pod that lists its workers, or slices of it (GKE). ValueError for half of the variables or
-    one that makes no sense.
+    (any machine); NEMOJAX_NUM_PROCESSES=auto alone (JAX detects the cluster), or 1 alone (none, whatever else
+    is said); a Slurm step of several tasks; a TPU pod that lists its workers, or slices of it (GKE).
+    ValueError for half of the variables or one that makes no sense.
     """
     given = {name: env[name] for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if env.get(name)}
     if given == {NUM_PROCESSES: "auto"}:
         return {}
+    if given == {NUM_PROCESSES: "1"}:
+        return None
     if given:
         return _explicit_arguments(given)
     if (tasks := env.get("SLURM_STEP_NUM_TASKS", "1")) != "1" and tasks.isdigit():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import sys
@@ -74,16 +75,23 @@ class RunLog:
         self._purge = step + 1
 
     def flush(self) -> None:
-        """Returns when all that was written is in the work directory."""
+        """Returns when all that was written is in the work directory. A bucket that does not take it is told
+        in a warning, and asked again: it is no reason to end a training."""
         if self._board is not None:
             self._board.flush()
+        try:
+            self._send()
+        except Exception as error:
+            logging.getLogger(__name__).warning("%s: metrics are not there yet (%s)", self._bucket, error)
+        self._sent_at = time.monotonic()
+
+    def _send(self) -> None:
         if self._bucket is None:
             return
         for path in files_below(self.workdir):
             if self._sent.get(path) != (size := path.stat().st_size):
                 copy_file(path, self._bucket / path.relative_to(self.workdir))
                 self._sent[path] = size
-        self._sent_at = time.monotonic()
 
     def close(self) -> None:
         if self._board is not None:
@@ -92,11 +100,14 @@ class RunLog:
             self._progress.stop()
         if self._file >= 0:
             os.close(self._file)
-        if self._held is not None:
-            self._board = None
-            self.flush()
-            self._held.cleanup()
         self._board, self._progress, self._file = None, None, -1
+        if self._held is not None:
+            failing = sys.exc_info()[0] is not None
+            try:
+                self.flush() if failing else self._send()  # what is failing already is what to tell
+            finally:
+                self._held.cleanup()
+                self._held = None
 
     def __enter__(self) -> RunLog:
         return self

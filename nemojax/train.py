@@ -263,10 +263,10 @@ class _Loop:
             out_shardings=(places, None),
             compiler_options=dict(machine(platform()).COMPILER_OPTIONS) or None,
         )
+        profiler = _Profiler(self.cfg.profile_steps, self.workdir)
         log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()
         log.truncate(done)
         pending: tuple[int, dict[str, jax.Array], list[Any]] | None = None
-        profiler = _Profiler(self.cfg.profile_steps, self.workdir)
         # the last save is waited for while SIGTERM is still heard: a second one does not break it off
         with Sigterm() as sigterm, closing(self.checkpoints), closing(log), profiler:
             for step in range(done + 1, self.cfg.steps + 1):

@@ -214,7 +214,7 @@ def test_an_artifact_there_and_back(bucket, model, tmp_path, capsys):
     assert cli.main(["import", str(tmp_path / "hf"), f"{bucket}/imported"]) == 2
     assert f"{bucket}/imported: already exists; remove it" in capsys.readouterr().err
     assert cli.main(["export", f"{bucket}/imported", f"{bucket}/hf"]) == 2
-    assert f"{bucket}/hf: expected a directory of this machine" in capsys.readouterr().err
+    assert f"{bucket}/hf: expected a path on this machine" in capsys.readouterr().err
 
 
 # --- stages
@@ -400,6 +400,7 @@ def test_a_bucket_that_is_not_there(bucket, model, capsys):
     [
         ("ftp://a/b", r"^ftp://a/b: expected a path, gs:// or s3://, got ftp://$"),
         ("gs://", r"^gs://: expected gs://BUCKET/PATH, got no bucket$"),
+        ("s3://bucket/", r"^s3://bucket/: expected s3://BUCKET/PATH, got no path$"),
     ],
 )
 def test_what_is_no_place(path, message):
@@ -418,3 +419,31 @@ def test_without_its_package(scheme, package, extra, monkeypatch):
             place(f"{scheme}://bucket/run")
     finally:
         buckets._prepare.cache_clear()
+
+
+def test_what_a_bucket_s_client_says_is_one_line():
+    from botocore.exceptions import NoCredentialsError
+    from gcsfs.retry import HttpError
+
+    assert cli.user_message(NoCredentialsError()) == "Unable to locate credentials"
+    assert "Forbidden" in (cli.user_message(HttpError({"message": "Forbidden", "code": 403})) or "")
+
+
+def test_metrics_that_a_bucket_does_not_take_end_no_training(bucket, monkeypatch, caplog):
+    def refuse(source, target):
+        raise OSError("Forbidden")
+
+    log = RunLog(f"{bucket}/refused", quiet=True)
+    log.write(1, {"train/loss": 2.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("nemojax.log.copy_file", refuse)
+        log.flush()
+        assert "refused: metrics are not there yet (Forbidden)" in caplog.text
+    log.write(2, {"train/loss": 1.0})
+    log.close()
+    assert [row["step"] for row in read_metrics(f"{bucket}/refused")] == [1, 2]
+    last = RunLog(f"{bucket}/refused", quiet=True)
+    last.write(3, {"train/loss": 1.0})
+    monkeypatch.setattr("nemojax.log.copy_file", refuse)
+    with pytest.raises(OSError, match="Forbidden"):
+        last.close()

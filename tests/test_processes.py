@@ -34,6 +34,7 @@ def test_what_the_environment_says():
     assert (explicit["num_processes"], explicit["process_id"]) == (4, 3)
     assert process_arguments(HERE | {"NEMOJAX_NUM_PROCESSES": "1", "NEMOJAX_PROCESS_ID": "0"}) is None
     assert process_arguments({"NEMOJAX_NUM_PROCESSES": "auto"}) == {}
+    assert process_arguments({"NEMOJAX_NUM_PROCESSES": "1", "TPU_WORKER_HOSTNAMES": "a,b"}) is None
     assert process_arguments({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}) is None  # no step: not under srun
     assert process_arguments({"SLURM_STEP_NUM_TASKS": "1"}) is None
     assert process_arguments({"SLURM_STEP_NUM_TASKS": "16"}) == {"cluster_detection_method": "slurm"}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec, block_shapes, load_arch
-from nemojax.buckets import absolute, copy_file, is_bucket, place, remove_tree, write_text
+from nemojax.buckets import absolute, copy_file, directory, is_bucket, place, remove_tree, write_text
 from nemojax.checkpoints import store
 from nemojax.hosts import is_primary, on_primary
 from nemojax.model.llama import param_shardings
@@ -229,7 +229,7 @@ def save_params(
     write_text(artifact / "arch.json", arch.dumps())
     if tokenizer_dir is not None:
         (artifact / "tokenizer").mkdir(parents=True, exist_ok=True)
-        for file in place(tokenizer_dir).iterdir():
+        for file in (entry for entry in place(tokenizer_dir).iterdir() if entry.is_file()):
             copy_file(file, artifact / "tokenizer" / file.name)
     remove_tree(artifact / "checkpoints" / str(step))  # whole, or what a kill left of it
     checkpoints = Checkpoints(artifact, keep_last=1, arch=arch)
@@ -247,7 +247,7 @@ def final_step(artifact: str | os.PathLike) -> int:
 
 
 def finished_steps(artifact: str | os.PathLike) -> list[int]:
-    """Steps on disk, ascending; saves in progress do not count (they carry a temporary name)."""
+    """Steps on disk, ascending; saves in progress do not count (see `_is_finished`)."""
     root = place(artifact) / "checkpoints"
     if not root.is_dir():
         return []
@@ -256,7 +256,8 @@ def finished_steps(artifact: str | os.PathLike) -> list[int]:
 
 
 def _is_finished(step: Path) -> bool:
-    """Whether all of a checkpoint is there, which a bucket, without renaming, says by a file of its own."""
+    """Whether all of a checkpoint is there: until then its name is a temporary one, in a bucket, which cannot
+    rename, a file is missing."""
     if is_bucket(step) and not (step / "commit_success.txt").is_file():
         return False
     return (step / "params").is_dir()
@@ -266,7 +267,7 @@ def load_tokenizer(artifact: str | os.PathLike) -> Any:
     """The fast tokenizer that travels with an artifact (a `PreTrainedTokenizerFast`)."""
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(artifact) / "tokenizer"
+    path = directory(artifact) / "tokenizer"
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path}: expected tokenizer.json, got none; make one with `nemojax tokenizer`")
     return PreTrainedTokenizerFast.from_pretrained(str(path))

@@ -2,9 +2,9 @@
 
 Import streams: Orbax is handed arrays that read their tensor when they are written, so host memory holds
 a bounded batch (`store.LAZY_BYTES`, or the largest tensor). Export reads one output shard at a time. Several
-processes share out the tensors of an import and the files of an export. The
-original config.json and generation_config.json stay beside the architecture, in `ARTIFACT/hf/`, so that an
-unchanged model is exported key by key as it came. Both write under a temporary name and rename.
+processes share out the tensors of an import and the files of an export. The original config.json and
+generation_config.json stay beside the architecture, in `ARTIFACT/hf/`, so that an unchanged model is exported
+key by key as it came. Both write under a temporary name and rename, but for an import into a bucket.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ class Exported:
     warnings: tuple[str, ...]
 
 
+@failing_together()
 def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str | None = None) -> ArchSpec:
     """Makes an artifact of a Llama or DeciLM checkpoint: a directory, or a hub name (with `revision`).
 
     dtypes are kept; FP8 weights become numbers of the dtype of the embedding. ValueError names the key,
-    tensor or file that is not as expected; nothing is left then.
+    tensor or file that is not as expected; nothing is left then. In a bucket a process that is killed leaves
+    what it wrote, an artifact without a checkpoint.
     """
     source = _find_source(src, revision)
     target = absolute(artifact)
@@ -66,7 +68,7 @@ def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str
                 copy_file(source / name, partial / "hf" / name)
         side_files.copy_tokenizer(source, partial / "tokenizer", arch.vocab_size)
 
-    with failing_together(), _new_directory(target) as partial:
+    with _new_directory(target) as partial:
         on_primary(lambda: write_small_files(partial))
         checkpoints = Checkpoints(partial, keep_last=1, arch=arch)
         checkpoints.save(0, nested(hf_weights.lazy_params(tensors, weights)))
@@ -74,6 +76,7 @@ def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str
     return arch
 
 
+@failing_together()
 def export_hf(
     artifact: str | os.PathLike,
     out: str | os.PathLike,
@@ -85,10 +88,12 @@ def export_hf(
     """Writes a directory for transformers, vLLM, TensorRT-LLM or llama.cpp (`llama`, `decilm`) or NVIDIA
     Model Optimizer (`anymodel`); `auto` is llama when all layers are equal, else decilm.
 
-    `step` defaults to the newest. `dtype` fp8 rounds block matrices to e4m3, with what else there is in bf16
-    (`hf_fp8`). ValueError names layer and value of what the format cannot say.
+    `out` is a directory of this machine. `step` defaults to the newest. `dtype` fp8 rounds block matrices to
+    e4m3, with what else there is in bf16 (`hf_fp8`). ValueError names layer and value of what the format
+    cannot say.
     """
-    artifact = absolute(artifact)
+    artifact, target = absolute(artifact), directory(out).absolute()
+    check_bucket(artifact)
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format: expected auto, {', '.join(FORMATS)}, got {format!r}")
     if not (artifact / "arch.json").is_file():
@@ -117,11 +122,11 @@ def export_hf(
         if kind == "decilm":
             _copy_model_code(partial)
 
-    with failing_together(), _new_directory(directory(out).absolute()) as partial:
+    with _new_directory(target) as partial:
         on_primary(lambda: write_small_files(partial))
         count, size = _write_weights(partial, reader, weights, max_shard_bytes, dtype)
     warnings = tuple(decilm.loader_warnings(arch)) if kind == "decilm" else ()
-    return Exported(Path(out).absolute(), kind, count, size, warnings)
+    return Exported(target, kind, count, size, warnings)
 
 
 def _choose(arch: ArchSpec, original: dict[str, Any] | None) -> Format:
@@ -204,7 +209,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
         if is_bucket(target):
             return str(target)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        remove_tree(partial)
+        remove_tree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
         except OSError as error:
@@ -230,7 +235,7 @@ def _remove(failed: Path) -> None:
     """Removes the directory of a failed save, and what Orbax's other writers still make in it meanwhile."""
     gone = 0
     for _ in range(100):
-        remove_tree(failed)
+        remove_tree(failed, ignore_errors=True)
         gone = 0 if failed.exists() else gone + 1
         if gone == 6:
             return

@@ -221,7 +221,7 @@ def _lazy_handler() -> Any:
 
         async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
             args = args or [type_handlers.SaveArgs()] * len(values)
-            mine = range(jax.process_index(), len(values), jax.process_count())
+            mine = _shares([value.nbytes for value in values], jax.process_count())[jax.process_index()]
             self.failures = []
             for batch in _batches([values[i].nbytes for i in mine]):
                 arrays = [values[mine[i]].load() for i in batch]
@@ -369,6 +369,16 @@ def _batches(sizes: Iterable[int]) -> list[list[int]]:
         batches[-1].append(i)
         held += size
     return batches
+
+
+def _shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Positions for each of `count` processes, largest first to the one that has least so far."""
+    shares, held = [[] for _ in range(count)], [0] * count
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = held.index(min(held))
+        shares[least].append(i)
+        held[least] += sizes[i]
+    return [sorted(share) for share in shares]
 
 
 def _nbytes(leaf: Any) -> int:

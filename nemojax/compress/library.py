@@ -102,7 +102,7 @@ def build(
         builder = _Builder(library, parent, importance, bld, kv_init, recipe, carry)
         for number in range(len(parent.windows())):
             builder.build_window(number, kinds)
-        on_primary(lambda: remove_tree(library.dir / TRAINING))
+        on_primary(lambda: remove_tree(library.dir / TRAINING, ignore_errors=True))
     return library
 
 
@@ -233,7 +233,7 @@ class _Builder:
             finite = [not len(losses) or bool(np.isfinite(losses).any()) for losses in curve.T]
             broken += [f"{kind.name} of layer {i}" for i, f in zip(kind.layers, finite, strict=True) if not f]
             self._save(kind, stack, curve, start, finite)
-        on_primary(lambda: remove_tree(training / digest))
+        on_primary(lambda: remove_tree(training / digest, ignore_errors=True))
         on_primary(lambda: (training / UNIT).unlink())
         if broken:
             names = ", ".join(broken[:4]) + (" and more" if len(broken) > 4 else "")

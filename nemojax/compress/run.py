@@ -144,7 +144,7 @@ def _compress(cfg: Config, workdir: Path) -> dict[str, Any]:
 def save_child(workdir: Path, child: ArchSpec, params: dict, tokenizer_dir: Path) -> None:
     """The work directory as the child's artifact; all processes, each with all of the weights."""
     start_artifact(workdir, child, tokenizer_dir)
-    for step in finished_steps(workdir):
+    for step in on_primary(lambda: finished_steps(workdir)):
         on_primary(lambda step=step: remove_tree(workdir / "checkpoints" / str(step)))
     checkpoints = Checkpoints(workdir, keep_last=1, arch=child)
     checkpoints.save(0, params)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import place
 from nemojax.config import field
 from nemojax.data.chat import encode_prompt
 from nemojax.data.examples import Example
@@ -171,9 +172,9 @@ def _answer(cfg: LongContextConfig, expected: Sequence[str]) -> str:
 
 
 def inputs(cfg: LongContextConfig) -> list[Path]:
-    """The local files and directories that questions are made of."""
+    """The files and directories that questions are made of."""
     files = input_files((cfg.haystack.source,)) if cfg.haystack.kind == "source" else []
-    return [*files, Path(cfg.tokenizer)] if cfg.tokenizer else files
+    return [*files, place(cfg.tokenizer)] if cfg.tokenizer else files
 
 
 def ask(generator: Generator, samples: Sequence[Sample]) -> list[Record]:

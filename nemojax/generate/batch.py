@@ -20,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+from nemojax.buckets import directory
 from nemojax.config import field, from_dict, to_dict
 from nemojax.data.chat import conversation_from_row
 from nemojax.data.sources import read_jsonl_rows
@@ -137,7 +138,7 @@ def run(
     anything is written, for bad rows (file and line), prompts that fill the context, an artifact that lacks
     something, and an `out` that something else made or is making.
     """
-    prompts, out = Path(prompts), Path(out)
+    prompts, out = directory(prompts), directory(out)
     with contextlib.closing(_open(artifact, cfg)) as source:
         output.check_paths(prompts, out)
         asked = load_requests(prompts, cfg)

@@ -23,7 +23,7 @@ from nemojax.checkpoints.artifact import (
     params_reader,
     save_params,
 )
-from nemojax.checkpoints.store import canonical, flat_paths, to_host
+from nemojax.checkpoints.store import _shares, canonical, flat_paths, to_host
 from nemojax.model import layout
 from tests.checkpoints.toy_models import MIXED, random_params, write_tokenizer
 
@@ -221,3 +221,11 @@ def test_full_disk(tmp_path, capfd):
         assert "Traceback" not in capfd.readouterr().err
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+def test_processes_share_out_bytes_and_not_numbers_of_tensors():
+    sizes = [8, 1, 1, 6, 1, 1, 8]
+    shares = _shares(sizes, 3)
+    assert sorted(i for share in shares for i in share) == list(range(7))
+    assert sorted(sum(sizes[i] for i in share) for share in shares) == [8, 9, 9]
+    assert _shares(sizes, 1) == [list(range(7))] and _shares([1], 2) == [[0], []]
