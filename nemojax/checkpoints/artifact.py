@@ -18,7 +18,16 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec, block_shapes, load_arch
-from nemojax.buckets import absolute, copy_file, directory, is_bucket, place, remove_tree, write_text
+from nemojax.buckets import (
+    absolute,
+    check_bucket,
+    copy_file,
+    directory,
+    is_bucket,
+    place,
+    remove_tree,
+    write_text,
+)
 from nemojax.checkpoints import store
 from nemojax.hosts import is_primary, on_primary
 from nemojax.model.llama import param_shardings
@@ -240,6 +249,7 @@ def save_params(
 
 def final_step(artifact: str | os.PathLike) -> int:
     """The newest finished step of an artifact; ValueError when it has none."""
+    check_bucket(artifact)
     steps = finished_steps(artifact)
     if not steps:
         raise ValueError(f"{artifact}: expected checkpoints/<step>, got none; is this a finished artifact?")
