@@ -2,7 +2,8 @@
 # Usage: bash launch/local_cluster.sh N [--devices=D] STAGE --config=FILE.py --workdir=DIR [--config.a.b=value ...]
 #        bash launch/local_cluster.sh N import HF_DIR ARTIFACT | export ARTIFACT HF_DIR
 # A cluster on this machine: N processes with D virtual CPU devices each (1), which meet over loopback and
-# talk through gloo. Each writes to DIR.process<i>.log (for a bucket, in this directory). SIGTERM and Ctrl-C go to all of them: they write a
+# talk through gloo. Each writes to DIR.process<i>.log (of a bucket, in this directory).
+# SIGTERM and Ctrl-C go to all of them: they write a
 # checkpoint, and this exits with 75, which means "run again to resume", with any N and D. When one ends with
 # an error the others follow within about a minute; this says which it was, and exits with 2.
 set -uo pipefail

@@ -210,9 +210,9 @@ def teach_orbax_s3() -> None:
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    asked = ((gcs_utils, "is_gcs_path"), (gcs_utils, "get_kvstore_for_gcs"))
     for module, name in (
-        *asked,
+        (gcs_utils, "is_gcs_path"),
+        (gcs_utils, "get_kvstore_for_gcs"),
         (tensorstore_utils, "_use_gcs_driver"),
         (tensorstore_utils, "_normalize_path"),
     ):
