@@ -22,7 +22,6 @@ import optax
 from jax.experimental import multihost_utils
 
 from nemojax.arch import ArchSpec
-from nemojax.backends.kernels import machine
 from nemojax.backends.speed import Clock
 from nemojax.buckets import is_bucket, place
 from nemojax.checkpoints import training
@@ -33,11 +32,11 @@ from nemojax.config import field
 from nemojax.data.reading import SourceUnavailable
 from nemojax.hosts import is_primary
 from nemojax.log import RunLog
-from nemojax.losses.tokens import token_logps
+from nemojax.losses.divergence import Head, vocab_loss
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import on_devices, place_batch, platform, readers, use_mesh
+from nemojax.sharding import jit, on_devices, place_batch, readers, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -176,17 +175,19 @@ def _gradients(loss_fn: LossFn, state: TrainState, frozen: Any, batch: Any, key:
 
 
 def lm_loss(arch: ArchSpec, compute: Compute = Compute(), *, chunk: int = 0, z_loss: float = 0.0) -> LossFn:
-    """Next-token cross-entropy of a packed batch, plus z_loss * log(Z)^2 (PaLM, section 5)."""
+    """Next-token cross-entropy of a packed batch, plus z_loss * log(Z)^2 (PaLM, arXiv:2204.02311, section 5).
+
+    `chunk` positions of a row have logits at once; 0: all.
+    """
+    coefficients = {"lm": 1.0, "z": z_loss} if z_loss else {"lm": 1.0}
 
     def loss_fn(params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array):
         h_BTD, _ = llama.hidden(params, arch, batch, compute=compute)
-        x_BTD = llama.final_norm(params, arch, h_BTD)
-        logps_BT, lse_BT = token_logps(x_BTD, llama.head_weight(params), batch["targets"], chunk=chunk)
+        outer = Head(llama.final_norm(params, arch, h_BTD), llama.head_weight(params))
         weights_BT = batch["weights"]
-        nll = -jnp.sum(logps_BT * weights_BT)
+        loss, sums = vocab_loss(outer, (), coefficients, weights_BT, targets_BT=batch["targets"], chunk=chunk)
         weight = jnp.sum(weights_BT)
-        loss = nll + z_loss * jnp.sum(lse_BT**2 * weights_BT) if z_loss else nll
-        return loss, weight, {"nll": (nll, weight)}
+        return loss, weight, {"nll": (sums["lm"], weight)}
 
     return loss_fn
 
@@ -257,11 +258,8 @@ class _Loop:
         if hasattr(self.batches, "bind"):  # RL: batches are sampled from the current weights
             self.batches.bind(lambda: self.state.params)
         places = self._places()
-        step_fn = jax.jit(
-            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay, places),
-            donate_argnums=0,
-            out_shardings=(places, None),
-            compiler_options=dict(machine(platform()).COMPILER_OPTIONS) or None,
+        step_fn = jit(donate_argnums=0, out_shardings=(places, None))(
+            make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay, places)
         )
         profiler = _Profiler(self.cfg.profile_steps, self.workdir)
         log = RunLog(self.workdir, total_steps=self.cfg.steps) if is_primary() else _NoLog()

@@ -5,6 +5,7 @@ Without batch dimensions: a dimension of the result is one of `x` or one of `w`,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -23,6 +24,22 @@ def contract(subscripts: str, a: jax.Array, b: jax.Array, out_dtype: Any, precis
     )
     y_dims = [d for d in a_dims + b_dims if d in out]
     return y.transpose([y_dims.index(d) for d in out])
+
+
+def missing_rows(least: int, subscripts: str, x: jax.Array) -> int:
+    """Rows that activations need more, for the result to have so many tokens."""
+    inputs, out = subscripts.split("->")
+    rows = x.shape[0]
+    others = math.prod(n for d, n in zip(inputs, x.shape, strict=False) if d in out) // rows
+    return max(0, -(-least // others) - rows)
+
+
+def contract_filled(
+    rows: int, subscripts: str, x: jax.Array, w: jax.Array, out_dtype: Any, precision: Any = None
+) -> jax.Array:
+    """`contract` with so many rows of zeros behind those of `x`, and without them in the result."""
+    filled = jnp.pad(x, [(0, rows), *[(0, 0)] * (x.ndim - 1)]) if rows else x
+    return contract(subscripts, filled, w, out_dtype, precision)[: x.shape[0]]
 
 
 def exact(*operands: jax.Array) -> jax.lax.Precision | None:

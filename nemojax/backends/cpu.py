@@ -8,7 +8,9 @@ from typing import Any
 from nemojax.backends.rows import Rows
 
 KERNELS: tuple[Any, ...] = ()  # loops over blocks that stay in the cache are the best there is
+LEAST = 0  # positions from which on a kernel of its own is taken
 COMPILER_OPTIONS: Mapping[str, bool | str] = {}  # XLA's own choice
+DECODING_OPTIONS: Mapping[str, int] = {}  # of programs that decode, beside these
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:

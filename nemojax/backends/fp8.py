@@ -23,7 +23,6 @@ as `Quantized`: one byte a weight.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,7 +31,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nemojax.backends.contract import absmax_along, contract, gradient_forms, scale_result
+from nemojax.backends.contract import (
+    absmax_along,
+    contract,
+    contract_filled,
+    gradient_forms,
+    missing_rows,
+    scale_result,
+)
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 SAVED = "fp8_product"  # what rematerialisation calls a product, which it cannot see to be a dot
@@ -137,11 +143,8 @@ def _product(
     def narrow(a: jax.Array, b: jax.Array) -> jax.Array:
         if subscripts[0] not in out:  # no tokens in the result: the gradient of a weight
             return contract(subscripts, a, b, out_dtype, precision)
-        rows = a.shape[0]
-        others = math.prod(n for d, n in zip(subscripts, a.shape, strict=False) if d in out) // rows
-        more = max(0, -(-MIN_ROWS // others) - rows)
-        a = jnp.pad(a, [(0, more), *[(0, 0)] * (a.ndim - 1)]) if more else a
-        return contract(subscripts, a, b, out_dtype, precision)[:rows]
+        more = missing_rows(MIN_ROWS, subscripts, a)
+        return contract_filled(more, subscripts, a, b, out_dtype, precision)
 
     def wide(a: jax.Array, b: jax.Array) -> jax.Array:
         return contract(subscripts, a.astype(dtype), b.astype(dtype), out_dtype)

@@ -11,10 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from nemojax.backends.rows import Rows, fill_rows
+from nemojax.backends.rows import SAVED, Rows, fill_rows
 
 KERNELS: tuple[Any, ...] = ("cudnn", "tokamax")
+
+# what XLA calls the pipelining of collectives, and what turns it on: changed between two versions of jax
+_PIPELINED: tuple[str, bool | str] = (
+    ("xla_gpu_pipeline", "COLLECTIVE_PIPELINING_MODE_ON")
+    if jax.__version_info__ >= (0, 11, 1)
+    else ("xla_gpu_enable_pipelined", True)
+)
 
 COMPILER_OPTIONS: Mapping[str, bool | str] = {
     # matmuls go to cuBLASLt, which has FP8 and fused epilogues, instead of kernels that XLA writes
@@ -23,12 +31,18 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_highest_priority_async_stream": True,
     # weights of the next layer of a scan are gathered, and gradients of the last one scattered, meanwhile
-    "xla_gpu_enable_pipelined_all_gather": True,
-    "xla_gpu_enable_pipelined_reduce_scatter": True,
-    "xla_gpu_enable_pipelined_all_reduce": True,
+    **{f"{_PIPELINED[0]}_{kind}": _PIPELINED[1] for kind in ("all_gather", "reduce_scatter", "all_reduce")},
     # two buffers in turn for what a scan carries, instead of a copy in each of its steps
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
+
+# Of programs that decode, beside these: products of one operand, as for queries, keys and values, stay apart.
+# For one large product XLA would write their weights down side by side in every step.
+DECODING_OPTIONS: Mapping[str, int] = {"xla_gpu_dot_merger_threshold_mb": 0}
+
+# Positions from which on a kernel of its own is taken: at 512 tokamax's is 4 times as fast as `short` (8,192
+# tokens of 32 heads of 128 channels on an H200, forwards and backwards: tests/benchmarks/gpu.py)
+LEAST = 512
 
 TOKAMAX = "0.0."  # versions whose inner interface is the one below
 _BLOCK = 128  # positions that a block of tokamax's kernels has at most, for queries of two warp groups
@@ -118,14 +132,40 @@ def attend_tokamax(
     first_BT = document_starts(segments_BT)
     if window is not None:
         first_BT = jnp.maximum(first_BT, jnp.arange(full) - window + 1)
-    mask = mask_type(is_causal=True, k_start=first_BT[:, None])
     for kernel in kernels:
         try:
-            return kernel(q_BTNH, k_BTKH, v_BTKH, mask=mask)[:, :length]
+            return _tokamax(q_BTNH, k_BTKH, v_BTKH, first_BT, mask_type, kernel)[:, :length]
         except NotImplementedError:
             if kernel is kernels[-1]:
                 raise
     raise AssertionError("there are kernels")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _tokamax(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first_BT: jax.Array, mask_type: Any, kernel: Any
+) -> jax.Array:
+    # the same call as below, so that XLA sees one where rematerialisation leaves both
+    return _forward(q_BTNH, k_BTKH, v_BTKH, first_BT, mask_type, kernel)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, first_BT: jax.Array, mask_type: Any, kernel: Any):
+    mask = mask_type(is_causal=True, k_start=first_BT[:, None])
+    out, sums = kernel(q, k, v, mask=mask, return_residuals=True)
+    # by a name, which tokamax gives them not: else rematerialisation would run the kernel a second time
+    out, sums = jax.tree.map(lambda x: checkpoint_name(x, SAVED), (out, sums))
+    return out, (q, k, v, first_BT, out, sums)
+
+
+def _backward(mask_type: Any, kernel: Any, saved: tuple[Any, ...], d_BTNH: jax.Array):
+    q, k, v, first_BT, out, sums = saved
+    bound = kernel.bind(q, k, v, mask=mask_type(is_causal=True, k_start=first_BT[:, None]))
+    settings = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+    gradients = kernel.vjp(sums, out, d_BTNH, *bound.args, **settings)
+    return gradients["q"], gradients["k"], gradients["v"], None
+
+
+_tokamax.defvjp(_forward, _backward)
 
 
 def document_starts(segments_BT: jax.Array) -> jax.Array:

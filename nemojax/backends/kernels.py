@@ -15,10 +15,6 @@ from nemojax.backends.rows import Rows
 Kernel = Literal["short", "blockwise", "splash", "cudnn", "tokamax"]
 Asked = Literal["auto", "short", "blockwise", "splash", "cudnn", "tokamax"]
 
-# Positions from which on a kernel of the machine's own is taken: two blocks of it. The scores of `short` are
-# by then four times as large as the queries (128 channels, bf16), and go through memory several times.
-OWN_KERNEL = 1024
-
 
 def machine(platform: str) -> ModuleType:
     """The file of a platform as devices call it: its kernels and compiler options."""
@@ -34,8 +30,9 @@ def attention_kernel(platform: str, rows: Rows, asked: Asked = "auto", *, long: 
         if why := _refusal(platform, asked, rows):
             raise ValueError(f"attention: expected a kernel for these rows, got {asked}: {why}; choose auto")
         return asked
-    if rows.length >= OWN_KERNEL:
-        for kernel in machine(platform).KERNELS:
+    own = machine(platform)
+    if rows.length >= own.LEAST:
+        for kernel in own.KERNELS:
             if _refusal(platform, kernel, rows) is None:
                 return kernel
     return "blockwise" if rows.split or rows.length >= long else "short"

@@ -7,9 +7,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from nemojax.backends import fp8, int8
-from nemojax.backends.contract import contract, gradient_forms
+from nemojax.backends.contract import contract, contract_filled, gradient_forms, missing_rows
+
+# what rematerialisation calls a product: inside a function with a gradient of its own it sees no dot
+SAVED = fp8.SAVED
+
+# Tokens of a product on a GPU, at least. With fewer it would be no matmul but a sum of products, rounded one
+# by one, for which XLA writes both operands down anew, the weights of the head in f32.
+MIN_ROWS = 8
 
 Kind = Literal["default", "fp8", "int8"]
 
@@ -35,7 +43,7 @@ def matmul(
             return fp8.matmul(subscripts, x, w, out_dtype)
         case "int8":
             return int8.matmul(subscripts, x, w, out_dtype)
-    return _matmul(x, w.astype(x.dtype), subscripts, out_dtype)
+    return checkpoint_name(_matmul(x, w.astype(x.dtype), subscripts, out_dtype), SAVED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -44,7 +52,11 @@ def _matmul(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any) -> jax.
     them round, and XLA on a CPU then writes every incoming gradient a second time, transposed: a fifth of
     a training step (tests/benchmarks/train_step.py).
     """
-    return contract(subscripts, x, w, out_dtype)
+    plain = functools.partial(contract, subscripts, out_dtype=out_dtype)
+    if more := missing_rows(MIN_ROWS, subscripts, x):
+        filled = functools.partial(contract_filled, more, subscripts, out_dtype=out_dtype)
+        return jax.lax.platform_dependent(x, w, cuda=filled, default=plain)
+    return plain(x, w)
 
 
 def _forward(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any):
@@ -53,6 +65,7 @@ def _forward(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any):
 
 def _backward(subscripts: str, out_dtype: Any, saved: tuple[jax.Array, jax.Array], g: jax.Array):
     x, w = saved
+    g = g.astype(x.dtype)  # logits are f32: a GPU would take all three operands for f32, at half the speed
     x_form, w_form = gradient_forms(subscripts)
     dx = contract(x_form, g, w, out_dtype)
     dw = contract(w_form, x, g, out_dtype)

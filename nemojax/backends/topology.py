@@ -247,14 +247,13 @@ def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
         if folder not in sys.path:
             sys.path.append(folder)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    try:
-        plugin = importlib.import_module("jax_plugins.xla_cuda12")
-    except ImportError as error:
+    plugin = _cuda_plugin()
+    if plugin is None:
         raise ValueError(
             f"topology: {chip.name}:{count}: expected jax's CUDA plugin, which compiles for GPUs, got none; "
-            "pip install jax-cuda12-plugin and jax-cuda12-pjrt in jax's version (or 'nemojax[cuda12]'), or "
-            f"name a folder that has them in {CUDA_PLUGINS}"
-        ) from error
+            "pip install jax-cuda12-plugin and jax-cuda12-pjrt (or both of cuda13) in jax's version, or "
+            f"'nemojax[cuda12]', or name a folder that has them in {CUDA_PLUGINS}"
+        )
     hosts = max(1, count // host)
     grid = f"1x{hosts}x{min(count, host)}"
     how = {"platform": "cuda", "topology": grid, "target_config": _target_config(chip)}
@@ -263,6 +262,15 @@ def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
     except NotImplementedError:  # jax looked for plugins before the folder was named
         plugin.initialize()
         return _describe(chip.name, **how)
+
+
+def _cuda_plugin() -> Any:
+    for name in ("xla_cuda13", "xla_cuda12"):
+        try:
+            return importlib.import_module(f"jax_plugins.{name}")
+        except ImportError:
+            continue
+    return None
 
 
 def _describe(*names: str, **how: Any) -> Sequence[Any]:

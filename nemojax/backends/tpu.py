@@ -9,6 +9,10 @@ from nemojax.backends.rows import Rows
 
 KERNELS: tuple[Any, ...] = ("splash",)
 
+# Positions from which on it is taken: two blocks of it. The scores of `short` are by then four times as large
+# as the queries (128 channels, bf16), and go through memory several times.
+LEAST = 1024
+
 COMPILER_OPTIONS: Mapping[str, bool | str] = {
     # weights are gathered while matrices are multiplied: FSDP's collectives, cut into steps of a fusion
     "xla_enable_async_all_gather": True,
@@ -20,6 +24,8 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
+
+DECODING_OPTIONS: Mapping[str, int] = {}  # of programs that decode, beside these
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:

@@ -17,7 +17,7 @@ from nemojax.compress.cost import Prices, Step
 from nemojax.compress.subblock import Part, Sub, part_spec, run_part
 from nemojax.model.attention import make_context
 from nemojax.model.block import apply_block, init_block
-from nemojax.model.cache import Cache, Window, init_cache, read, write
+from nemojax.model.cache import Cache, View, Window, init_cache, write
 from nemojax.model.llama import Compute, embed, head
 
 
@@ -99,9 +99,9 @@ def _cached(
     [[layer]] = cache.values()
     rows, length = h_BTD.shape[0], layer["k"].shape[2]
 
-    def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> View:
         new = write(layer, {"k": k_BTKH, "v": v_BTKH}, jnp.arange(rows), positions_BT)
-        return read(new, Window(cache, length), rows, h_BTD.dtype)
+        return View(new, Window(cache, length))
 
     return apply_block(arch, part_spec(part, sub), {part: p}, h_BTD, ctx, update=update)
 

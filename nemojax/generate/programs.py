@@ -11,7 +11,6 @@ for, T tokens verified, K steps of a call, V vocabulary, E stop ids, I integers 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.backends.fp8 import Quantized
+from nemojax.backends.matmul import MIN_ROWS
 from nemojax.generate.sampling import Controls, Drawn, Report, SamplingConfig, sample
 from nemojax.model import cache as kv
 from nemojax.model.attention import Context, make_context
@@ -34,7 +34,7 @@ from nemojax.model.llama import (
     quantize,
     quantized_shardings,
 )
-from nemojax.sharding import mesh_of, platform
+from nemojax.sharding import jit, mesh_of, platform
 from nemojax.tree import from_paths
 
 FAR = 2**30  # a slot, row or position that no array has: writes there are dropped
@@ -103,8 +103,26 @@ def prepare(params: Params, compute: Compute, mesh: jax.sharding.Mesh | None) ->
     """(weights as they are used, whether they are split by layer): in the dtype of `compute`, and block
     matrices in e4m3 where it says fp8. What was prepared before stays as it is."""
     params = _as_used(params, compute)
-    split = platform() == "cpu" and (mesh is None or mesh.size == 1)
+    split = (mesh is None or mesh.size == 1) and splits(platform(), compute, _fits_twice(params))
     return (split_layers(params), True) if split else (params, False)
+
+
+def splits(platform: str, compute: Compute, fits_twice: bool) -> bool:
+    """Whether weights on one device are split by layer, for which the layers are there twice for a moment.
+
+    On a GPU a product reads a layer's weights in their stack, but for those in FP8: of these every step would
+    make a copy.
+    """
+    return platform == "cpu" or (platform in ("gpu", "cuda") and compute.matmul == "fp8" and fits_twice)
+
+
+def _fits_twice(params: Params) -> bool:
+    """Whether the device has room for the layers a second time; a device that does not say has."""
+    layers = [w for w in jax.tree.leaves(params.get("runs", {})) if isinstance(w, jax.Array)]
+    stats = next(iter(layers[0].devices())).memory_stats() if layers else None
+    if not stats or "bytes_limit" not in stats:
+        return True
+    return sum(w.nbytes for w in layers) <= stats["bytes_limit"] - stats["bytes_in_use"]
 
 
 def prepare_weight(path: str, weight: jax.Array, *, compute: Compute) -> Any:
@@ -205,7 +223,7 @@ def _draw(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("how", "keys"), donate_argnames="state")
+@jit(static_argnames=("how", "keys"), donate_argnames="state")
 def extend(
     params: Params, state: State, chunk: Chunk, first: First | None, *, how: How, keys: int
 ) -> tuple[State, Emitted | None]:
@@ -231,7 +249,7 @@ def extend(
     return State(cache, seen_BV), Emitted(once_M, *(x[None] for x in drawn))
 
 
-@functools.partial(jax.jit, static_argnames=("how", "keys"), donate_argnames="state")
+@jit(decodes=True, static_argnames=("how", "keys"), donate_argnames="state")
 def decode(
     params: Params,
     state: State,
@@ -249,6 +267,8 @@ def decode(
     `slot_B`: the slot of each row; None where row b is slot b, which spares gathering them. `allowed_BV`
     holds for one step.
     """
+    asked_for = rows.ints_BI.shape[0]
+    rows, slot_B, allowed_BV = _filled(rows, slot_B, allowed_BV)
     ints_BI = rows.ints_BI
     num_rows = ints_BI.shape[0]
     shape = (how.steps, num_rows)
@@ -286,10 +306,24 @@ def decode(
     runs_B = ints_BI[:, _PLACE] > 0
     start = (jnp.int32(0), state, ints_BI[:, 0], ints_BI[:, 1], runs_B, nothing)
     _, state, *_, out = jax.lax.while_loop(going, step, start)
-    return state, out
+    return state, Emitted(out.count_B[:asked_for], *(x[:, :asked_for] for x in out[1:]))
 
 
-@functools.partial(jax.jit, static_argnames=("how", "keys"), donate_argnames="state")
+def _filled(rows: Packed, slot_B: Any, allowed_BV: Any) -> tuple[Packed, Any, Any]:
+    """With idle rows, where products of a GPU would otherwise be filled up one by one (`matmul.MIN_ROWS`)."""
+    num_rows = rows.ints_BI.shape[0]
+    more = MIN_ROWS - num_rows if platform() in ("gpu", "cuda") else 0
+    if more <= 0:
+        return rows, slot_B, allowed_BV
+    slot_B = jnp.arange(num_rows) if slot_B is None else slot_B
+    idle = Packed(*(jnp.pad(x, ((0, more), (0, 0))) for x in rows))
+    allowed_BV = (
+        None if allowed_BV is None else jnp.pad(allowed_BV, ((0, more), (0, 0)), constant_values=True)
+    )
+    return idle, jnp.pad(slot_B, (0, more)), allowed_BV
+
+
+@jit(decodes=True, static_argnames=("how", "keys"), donate_argnames="state")
 def verify(
     params: Params,
     state: State,
@@ -334,7 +368,7 @@ def verify(
     return State(cache, _remember(state, slot_B, kept_BT)), Emitted(count_B, *by_step)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "keys", "steps"), donate_argnames="state")
+@jit(decodes=True, static_argnames=("how", "keys", "steps"), donate_argnames="state")
 def propose(
     params: Params, state: State, rows: Packed, slot_B: Any = None, *, how: How, keys: int, steps: int
 ) -> tuple[State, jax.Array]:
@@ -358,7 +392,7 @@ def propose(
     return State(cache, state.seen_BV), tokens_TB[:steps].T
 
 
-@functools.partial(jax.jit, static_argnames="keys", donate_argnames="state")
+@jit(static_argnames="keys", donate_argnames="state")
 def fork(state: State, from_M: Any, to_M: Any, *, keys: int) -> State:
     """The first `keys` positions of some slots copied into others."""
     return State(kv.fork(state.cache, from_M, to_M, keys), state.seen_BV)

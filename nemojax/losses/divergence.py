@@ -28,7 +28,7 @@ from nemojax.losses.tokens import logits_of, pieces
 from nemojax.sharding import ways_of
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
-TERMS = (*DIVERGENCES, "lm")
+TERMS = (*DIVERGENCES, "lm", "z")
 Weighting = Literal["uniform", "entropy", "confidence"]
 
 
@@ -74,7 +74,8 @@ def vocab_loss(
     `coefficients` (numbers, or traced scalars) name the terms: `kl` = KL(p || q), `reverse_kl` = KL(q || p),
     `jsd` = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv:2306.13649;
     p teacher, q student; beta = 0 and 1 stand for the limits of jsd / beta and jsd / (1 - beta), the forward
-    and reverse KL), `lm` = the cross-entropy of `targets_BT`, at temperature 1. In nats a position.
+    and reverse KL), `lm` = the cross-entropy of `targets_BT`, at temperature 1. In nats a position. `z` =
+    log(Z)^2 of the student at temperature 1 (PaLM, arXiv:2204.02311, section 5).
     Divergences count by `compared_BT` (default: `weights_BT`). Several teachers are mixed, p = sum of
     share x p_i with shares that sum to 1. With a divergence come the sums `teacher_entropy` (of what is
     compared) and `agreement` (1 where both have the same first choice).
@@ -90,7 +91,7 @@ def vocab_loss(
         assert targets_BT is not None
         rows["targets"] = targets_BT
     matrices: tuple[jax.Array, ...] = ()
-    if names != ("lm",):
+    if set(names) & set(DIVERGENCES):
         rows["compared"] = weights_BT if compared_BT is None else compared_BT
         if isinstance(teacher, TopK):
             rows["cached"] = _first(teacher, how.top_k)
@@ -272,7 +273,9 @@ def _chunk(
     def total(logits_BCV: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         values = _values(plan, axes, logits_BCV, against, rows)
         scale_BC = values.pop("scale", 1.0)
-        sums = {k: jnp.sum(v * rows["weights" if k == "lm" else "compared"]) for k, v in values.items()}
+        sums = {
+            k: jnp.sum(v * rows["weights" if k in ("lm", "z") else "compared"]) for k, v in values.items()
+        }
         scaled = {k: jnp.sum(values[k] * scale_BC * rows["compared"]) for k in DIVERGENCES if k in values}
         return jnp.dot(coefs, jnp.stack([(sums | scaled)[name] for name in plan.terms])), sums
 
@@ -293,9 +296,11 @@ def _chunk(
 def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: Any) -> dict[str, jax.Array]:
     """Terms and metrics at every position, [B, C] f32, and `scale`, by which positions are weighted."""
     how, values = plan.how, {}
-    if "lm" in plan.terms:
+    if {"lm", "z"} & set(plan.terms):
         all_BCV = axes.only(plan.num_ids, logits_BCV)
-        values["lm"] = axes.logsumexp(all_BCV) - axes.pick(all_BCV, rows["targets"])
+        lse_BC = axes.logsumexp(all_BCV)
+        values |= {"z": lse_BC**2} if "z" in plan.terms else {}
+        values |= {"lm": lse_BC - axes.pick(all_BCV, rows["targets"])} if "lm" in plan.terms else {}
     if against is None:
         return values
     p_BCV, kept = against
@@ -312,7 +317,7 @@ def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: 
         at_BC = axes.sum(integrand(name, p_BCV, q_BCV, how.beta))
         return at_BC if tails is None else at_BC + integrand(name, *tails, how.beta)
 
-    values |= {name: measure(name) * how.temperature**2 for name in plan.terms if name != "lm"}
+    values |= {name: measure(name) * how.temperature**2 for name in plan.terms if name in DIVERGENCES}
     values |= {"teacher_entropy": measure("entropy"), "agreement": agrees_BC.astype(jnp.float32)}
     match how.weighting:
         case "entropy":

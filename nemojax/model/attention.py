@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention
-from nemojax.backends import gpu
+from nemojax.backends import cached, gpu
+from nemojax.backends.cached import Slots
 from nemojax.backends.contract import exact
 from nemojax.backends.kernels import Asked, Kernel, attention_kernel
 from nemojax.backends.rows import Rows
 from nemojax.model import rope
 from nemojax.model.blockwise import ACCELERATOR, CPU, Places, Tiles, attend_blockwise, block_size
+from nemojax.model.cache import View
 from nemojax.sharding import platform, spec_of, ways_of
 
 QUERY_BLOCKS = 4
@@ -185,10 +187,59 @@ def _kv_heads(device: jax.Array, num_heads: int, group: int) -> jax.Array:
     return (device * num_heads + jnp.arange(0, num_heads, run)) // group
 
 
-def attend_cached(
+def attend_cached(q_BTNH: jax.Array, seen: View, ctx: Context, spec: Attention) -> jax.Array:
+    """Attention of new tokens over a cache whose key index is its position; returns [B, T, N, H].
+
+    On a GPU a few tokens go through a kernel that reads the cache in place.
+    """
+    num_rows, tokens, n, h = q_BTNH.shape
+    if platform() in ("gpu", "cuda"):
+        slots = seen.slots(num_rows)
+        group = n // slots.k.shape[2]
+        if cached.refusal(tokens, group, h, q_BTNH.dtype, slots) is None and _in_place(q_BTNH, seen, slots):
+            return _attend_slots(q_BTNH, ctx.positions_BT, slots, seen.window.keys, spec.window)
+    return attend_read(q_BTNH, *seen.read(num_rows, q_BTNH.dtype), ctx, spec)
+
+
+def _in_place(q_BTNH: jax.Array, seen: View, slots: Slots) -> bool:
+    """Whether each device of the mesh in scope has the slots of its rows and the KV heads of its heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return True
+    own_rows = seen.window.rows_B is None and q_BTNH.shape[0] == slots.k.shape[1]
+    heads, kv_heads = (
+        spec_of((n,), name)[0] for n, name in ((q_BTNH.shape[2], "heads"), (slots.k.shape[2], "kv_heads"))
+    )
+    return (own_rows or ways_of("batch") == 1) and heads == kv_heads
+
+
+def _attend_slots(
+    q_BTNH: jax.Array, positions_BT: jax.Array, slots: Slots, keys: int, window: int | None
+) -> jax.Array:
+    """The kernel on each device of the mesh in scope."""
+    attend = functools.partial(cached.attend_slots, keys=keys, window=window)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q_BTNH, positions_BT, slots)
+    rows, _, heads, _ = queries = spec_of(q_BTNH.shape, "batch", None, "heads", None)
+    values, scale, one = jax.P(None, rows, heads), jax.P(None, rows, heads), jax.P()
+    parts = Slots(values, values, *[None if slots.k_scale is None else scale] * 2, one, jax.P(rows))
+
+    def on_device(q: jax.Array, positions: jax.Array, slots: Slots) -> jax.Array:
+        # a device's slots are its rows
+        own = slots._replace(slot_B=jnp.arange(q.shape[0])) if rows else slots
+        return attend(q, positions, own)
+
+    one_each = jax.shard_map(
+        on_device, in_specs=(queries, jax.P(rows), parts), out_specs=queries, check_vma=False
+    )
+    return one_each(q_BTNH, positions_BT, slots)
+
+
+def attend_read(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, ctx: Context, spec: Attention
 ) -> jax.Array:
-    """Attention of new tokens over a cache whose key index is its position; returns [B, T, N, H].
+    """Attention of new tokens over what was read of a cache; returns [B, T, N, H].
 
     Written out as two batched products in the cache's own order of dimensions: an einsum would turn the
     scores round, which costs more than they do when there is one query a row.

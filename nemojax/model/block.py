@@ -20,6 +20,7 @@ from flax import nnx
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU, block_shapes
 from nemojax.backends.matmul import Kind, matmul
 from nemojax.model.attention import Context, attend_cached, attend_packed
+from nemojax.model.cache import View
 from nemojax.model.rope import rotate
 from nemojax.sharding import constrain
 
@@ -37,7 +38,7 @@ AXES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]] = {
 }
 
 # Writes the new keys and values of this layer into the cache and gives back all that are seen, [B, K, S, H].
-CacheUpdate = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+CacheUpdate = Callable[[jax.Array, jax.Array], View]
 Capture = dict[str, jax.Array]
 
 
@@ -95,8 +96,7 @@ class AttentionBlock(SubBlock):
         k_BTKH = rotate(k_BTKH, ctx.cos_BTP, ctx.sin_BTP)
         if update is None:
             return attend_packed(q_BTNH, k_BTKH, v_BTKH, ctx, spec)
-        k_BKSH, v_BKSH = update(k_BTKH, v_BTKH)
-        return attend_cached(q_BTNH, k_BKSH, v_BKSH, ctx, spec)
+        return attend_cached(q_BTNH, update(k_BTKH, v_BTKH), ctx, spec)
 
     def project(self, heads_BTNH: jax.Array, kind: Kind) -> jax.Array:
         return constrain(self.times("BTNH,NHD->BTD", heads_BTNH, "o", kind), "batch", "stream", None)

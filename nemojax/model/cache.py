@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nemojax.arch import ArchSpec, Attention
+from nemojax.backends.cached import Slots
 from nemojax.model.layout import run_name
 from nemojax.sharding import constrain
 
@@ -85,24 +86,38 @@ def write(
     return {name: _constrain(value, index is not None) for name, value in out.items()}
 
 
-def read(
-    layer: Layer, window: Window, num_rows: int, dtype: Any, index: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(keys, values) [B, K, S, H] that a batch of `num_rows` rows sees."""
+class View(NamedTuple):
+    """What attention sees of a layer: `layer` with the new keys and values, through a window; `index`: which
+    one it is of a stacked run."""
 
-    def part(name: str) -> jax.Array:
-        x = layer[name]
-        if index is not None:
-            x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-        if window.rows_B is None:
-            return x[:num_rows, :, : window.keys]
-        return x[:, :, : window.keys][window.rows_B]
+    layer: Layer
+    window: Window
+    index: jax.Array | None = None
 
-    def value(name: str) -> jax.Array:
-        x = part(name).astype(dtype)
-        return x * part(f"{name}_scale")[..., None].astype(dtype) if f"{name}_scale" in layer else x
+    def read(self, num_rows: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """(keys, values) [B, K, S, H] that a batch of `num_rows` rows sees."""
 
-    return value("k"), value("v")
+        def part(name: str) -> jax.Array:
+            x, window = self.layer[name], self.window
+            if self.index is not None:
+                x = jax.lax.dynamic_index_in_dim(x, self.index, keepdims=False)
+            if window.rows_B is None:
+                return x[:num_rows, :, : window.keys]
+            return x[:, :, : window.keys][window.rows_B]
+
+        def value(name: str) -> jax.Array:
+            x = part(name).astype(dtype)
+            return x * part(f"{name}_scale")[..., None].astype(dtype) if f"{name}_scale" in self.layer else x
+
+        return value("k"), value("v")
+
+    def slots(self, num_rows: int) -> Slots:
+        """All of it in place, for a kernel that picks what it reads."""
+        stacked = {name: x if self.index is not None else x[None] for name, x in self.layer.items()}
+        index = jnp.zeros((), jnp.int32) if self.index is None else self.index
+        rows_B = jnp.arange(num_rows) if self.window.rows_B is None else self.window.rows_B
+        names = ("k", "v", "k_scale", "v_scale")
+        return Slots(*(stacked.get(name) for name in names), layer=index, slot_B=rows_B)  # pyright: ignore
 
 
 def fork(cache: Cache, from_M: jax.Array, to_M: jax.Array, keys: int) -> Cache:

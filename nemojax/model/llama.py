@@ -26,7 +26,7 @@ from nemojax.config import field
 from nemojax.model.attention import Context, make_context
 from nemojax.model.block import AXES, apply_block, block_axes, init_block, rms_norm
 from nemojax.model.blockwise import SAVED
-from nemojax.model.cache import Cache, Layer, Window, read, write
+from nemojax.model.cache import Cache, Layer, View, Window, write
 from nemojax.model.layout import run_name
 from nemojax.sharding import HOST_MEMORY, constrain, shardings_of
 
@@ -360,9 +360,9 @@ def _run_cached(
     def one(h: jax.Array, w: Any, layer: Layer, index: jax.Array | None) -> tuple[jax.Array, Layer]:
         written: list[Layer] = []
 
-        def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def update(k_BTKH: jax.Array, v_BTKH: jax.Array) -> View:
             written.append(write(layer, {"k": k_BTKH, "v": v_BTKH}, rows_B, ctx.positions_BT, index))
-            return read(written[0], window, num_rows, h.dtype, index)
+            return View(written[0], window, index)
 
         h = apply_block(arch, run.spec, w, h, ctx, update=update, kind=compute.matmul)
         return h, written[0]

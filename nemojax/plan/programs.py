@@ -18,7 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec, SwiGLU
+from nemojax.backends.chips import chip_of
 from nemojax.backends.roofline import Load, blocks_load, head_load, outer_load, training_load
+from nemojax.backends.startup import GPU_MEMORY
+from nemojax.backends.topology import bytes_on_device
 from nemojax.checkpoints.training import TrainState
 from nemojax.compress import bld, measures, score
 from nemojax.compress.subblock import Kind
@@ -30,7 +33,7 @@ from nemojax.losses.policy import PolicyLossConfig
 from nemojax.model import llama
 from nemojax.model.block import block_axes, init_block
 from nemojax.model.cache import init_cache
-from nemojax.model.layout import run_name
+from nemojax.model.layout import run_name, split_layers
 from nemojax.model.llama import Compute, Remat
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.plan.loads import Shares, optimiser_load
@@ -246,8 +249,15 @@ def _generation(
     if compute.matmul == "fp8":
         places = llama.quantized_shardings(jax.tree.map(lambda w: w.sharding, weights))
         weights = _placed(jax.eval_shape(llama.quantize, weights), places)
-    cache = jax.eval_shape(partial(init_cache, work.arch, slots, work.context, jnp.dtype(compute.dtype)))
-    cache = _over(mesh, cache, None, "batch", "kv_heads")
+    device = mesh.devices.flat[0]
+    room = chip.hbm_bytes * GPU_MEMORY if (chip := chip_of(device)) else math.inf
+    twice = bytes_on_device((weights, weights["runs"], beside)) <= room
+    split = mesh.size == 1 and programs.splits(device.platform, compute, twice)
+    if split:
+        [weights] = _over(mesh, (jax.eval_shape(split_layers, weights),))
+    dtype = jnp.dtype(compute.dtype)
+    cache = jax.eval_shape(partial(init_cache, work.arch, slots, work.context, dtype, split))
+    cache = _over(mesh, cache, *[None] * (not split), "batch", "kv_heads")
     state, how = programs.State(cache, None), programs.How(work.arch, replace(compute, remat="none"), steps=8)
     one = (5, work.context - 1, 1, SamplingConfig(), (0, 0), ())
     rows = programs.pack([one] * slots, 2)

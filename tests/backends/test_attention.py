@@ -48,7 +48,8 @@ def installed(monkeypatch):
         ("gpu", ROW._replace(head_dim=80), "blockwise"),
         ("gpu", ROW._replace(dtype=F32), "blockwise"),
         ("gpu", ROW._replace(split=True), "blockwise"),
-        ("gpu", ROW._replace(length=512), "short"),
+        ("gpu", ROW._replace(length=512), "tokamax"),
+        ("gpu", ROW._replace(length=256), "short"),
         ("neuron", ROW, "blockwise"),
     ],
 )

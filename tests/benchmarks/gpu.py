@@ -5,13 +5,16 @@
 Each part runs in a process of its own, with the compiler options and the environment of backends/startup.py,
 and warmed up; times are medians over rounds. A table and then one JSON object are printed.
 
-    train      a step of next-token training, AdamW on f32 weights, bf16, blocks recomputed; as many layers as
-               fit (--layers). The share of the chip's dense bf16 peak, attention counted as causal.
+    train      a step of next-token training, AdamW on f32 weights, bf16, products kept and the rest of blocks
+               recomputed (--remat); as many layers as fit (--layers). The share of the chip's dense bf16
+               peak, attention counted as causal.
     train_fp8  the same with FP8 matmuls, where `Compute` has them, and how much faster it is.
     distill    a step of KL and cosine against a teacher of the same layers, beside the sum of a forward pass
                of the teacher and a training step of the student.
     decode     tokens a second of all 32 layers in bf16 for 1, 8 and 64 rows near the end of 2,048 positions;
                bytes that a step has to move, over the memory's bandwidth, as a share of its time.
+    decode_fp8 the same with block weights in e4m3.
+    check      how far kernels are from plain formulas (tests/benchmarks/kernels.py).
     attention  the kernel that is chosen, and the forward and backward pass of each kernel that there is.
 
 `memory` beside a part: bytes that the compiler planned, the peak that the device saw, and their ratio.
@@ -81,10 +84,10 @@ def batch_of(args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     }
 
 
-def compute_of(matmul: str | None = None) -> Any:
+def compute_of(args: argparse.Namespace, matmul: str | None = None) -> Any:
     from nemojax.model.llama import Compute
 
-    compute = Compute(dtype="bfloat16", remat="full")
+    compute = Compute(dtype="bfloat16", remat=args.remat)
     return dataclasses.replace(compute, matmul=matmul) if matmul else compute
 
 
@@ -144,7 +147,7 @@ def train(args: argparse.Namespace, matmul: str | None = None) -> dict[str, Any]
     from nemojax.train import lm_loss
 
     arch = arch_of(args, layers_that_fit(args))
-    loss_fn = lm_loss(arch, compute_of(matmul), chunk=min(1024, args.length))
+    loss_fn = lm_loss(arch, compute_of(args, matmul), chunk=min(1024, args.length))
     training = Training(arch, loss_fn, None, batch_of(args, arch.vocab_size))
     seconds = median(training, args.rounds)
     rate, peak = args.rows * args.length / seconds, peak_flops()
@@ -178,7 +181,7 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
     whole = parent.blocks[0]
     thin, blind = BlockSpec(whole.attn, SwiGLU(whole.ffn.width // 2)), BlockSpec(NoOp(), whole.ffn)
     child = parent.replace(blocks=tuple((whole, thin, blind)[i % 3] for i in range(parent.num_layers)))
-    compute, chunk = compute_of(), min(1024, args.length)
+    compute, chunk = compute_of(args), min(1024, args.length)
     batch = batch_of(args, parent.vocab_size)
     teacher = jax.jit(functools.partial(llama.init_params, parent, dtype=jnp.bfloat16))(jax.random.key(0))
     loss_fn = distill_loss(child, [Teacher(parent)], DistillWeights(), compute, chunk=chunk)
@@ -202,7 +205,11 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def decode(args: argparse.Namespace) -> dict[str, Any]:
+def decode_fp8(args: argparse.Namespace) -> dict[str, Any]:
+    return decode(args, "fp8")
+
+
+def decode(args: argparse.Namespace, matmul: Any = "default") -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
@@ -211,13 +218,14 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     from nemojax.model.llama import Compute, init_params
 
     arch, keys = arch_of(args, args.layers or (2 if args.tiny else LAYERS)), capacity(args)
-    compute = Compute(dtype="bfloat16")
+    compute = Compute(dtype="bfloat16", matmul=matmul)
     make = jax.jit(functools.partial(init_params, arch, dtype=jnp.bfloat16))
     params, split = programs.prepare(make(jax.random.key(0)), compute, None)
     chip = chip_of(jax.devices()[0])
     moved = chip and chip.hbm_bandwidth
-    weights = 2 * (arch.num_block_params() + arch.vocab_size * arch.dim)
+    weights = (1 if matmul == "fp8" else 2) * arch.num_block_params() + 2 * arch.vocab_size * arch.dim
     result: dict[str, Any] = {"layers": arch.num_layers, "positions": keys, "bandwidth": moved}
+    result["bandwidth_of_a_copy"] = copied(args)
     for rows in ROWS:
         seconds = median(Decoding(params, programs.How(arch, compute), rows, keys, split), args.rounds)
         seconds /= NEW - 1
@@ -229,6 +237,16 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
             "of_bandwidth": moved and size / seconds / moved,
         }
     return result
+
+
+def copied(args: argparse.Namespace) -> float:
+    """Bytes a second, read and written, of the simplest pass over a large array."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(2**16 if args.tiny else 2**30, jnp.bfloat16)
+    more = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / median(lambda: more(x).block_until_ready(), args.rounds)
 
 
 class Decoding:
@@ -306,11 +324,19 @@ def attention_seconds(arch: Any, kernel: Any, rows: int, length: int, rounds: in
     return median(lambda: jax.block_until_ready(program(*arrays)), rounds)
 
 
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    from tests.benchmarks.kernels import distances
+
+    return distances(arch_of(args, 2), min(args.length, 1024))
+
+
 PARTS = {
+    "check": check,
     "train": train,
     "train_fp8": train_fp8,
     "distill": distill,
     "decode": decode,
+    "decode_fp8": decode_fp8,
     "attention": attention,
 }
 
@@ -346,6 +372,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=0, help="tokens of a row (default: 8192)")
     parser.add_argument("--rows", type=int, default=1, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=0, help="layers (default: as many as fit)")
+    parser.add_argument("--remat", default="dots", help="of training and distillation (default: %(default)s)")
     parser.add_argument("--matmul", default="fp8", help="of train_fp8 (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="(default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
