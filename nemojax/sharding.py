@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from nemojax.backends.kernels import machine
 from nemojax.config import field
 
 AXES = ("slice", "data", "fsdp", "context", "tensor")  # from the farthest devices to the nearest
@@ -301,31 +300,6 @@ def platform() -> str:
     """Of the machine that a program is for ("cpu", "gpu", "tpu"): the mesh in scope's, else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
-
-
-def jit(*, decodes: bool = False, **settings: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`jax.jit` with the compiler options of the machine that a program is for, as a decorator.
-
-    decodes: of one that makes a few tokens at a time, and so mostly reads weights.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        @functools.cache
-        def program(name: str) -> Any:
-            options = {
-                **machine(name).COMPILER_OPTIONS,
-                **(machine(name).DECODING_OPTIONS if decodes else {}),
-            }
-            return jax.jit(function, compiler_options=options or None, **settings)
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return program(platform())(*args, **kwargs)
-
-        call.lower = lambda *args, **kwargs: program(platform()).lower(*args, **kwargs)  # pyright: ignore
-        return call
-
-    return decorate
 
 
 def spec_of(shape: Sequence[int], *logical: str | None) -> PartitionSpec:

@@ -22,6 +22,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from nemojax.arch import ArchSpec
+from nemojax.backends.kernels import jit
 from nemojax.backends.speed import Clock
 from nemojax.buckets import is_bucket, place
 from nemojax.checkpoints import training
@@ -36,7 +37,7 @@ from nemojax.losses.divergence import Head, vocab_loss
 from nemojax.model import llama
 from nemojax.model.llama import Compute, Params
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule
-from nemojax.sharding import jit, on_devices, place_batch, readers, use_mesh
+from nemojax.sharding import on_devices, place_batch, platform, readers, use_mesh
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
@@ -258,7 +259,7 @@ class _Loop:
         if hasattr(self.batches, "bind"):  # RL: batches are sampled from the current weights
             self.batches.bind(lambda: self.state.params)
         places = self._places()
-        step_fn = jit(donate_argnums=0, out_shardings=(places, None))(
+        step_fn = jit(platform, donate_argnums=0, out_shardings=(places, None))(
             make_step(self.loss_fn, self.tx, self.cfg.accumulate, self.cfg.ema_decay, places)
         )
         profiler = _Profiler(self.cfg.profile_steps, self.workdir)

@@ -135,6 +135,16 @@ def test_z_loss_adds_the_squared_log_normaliser():
     np.testing.assert_allclose(plain, jnp.sum(nll * batch["weights"]), rtol=1e-5)
     assert weight == batch["weights"].sum()
 
+    def by_hand(p):
+        z = jax.nn.logsumexp(llama.apply(p, ARCH, batch)[0], -1) ** 2
+        return loss(p) + 0.1 * jnp.sum(z * batch["weights"])
+
+    def loss(p, **how):
+        return lm_loss(ARCH, **how)(p, None, batch, jax.random.key(0))[0]
+
+    got, expected = jax.grad(lambda p: loss(p, z_loss=0.1, chunk=3))(params()), jax.grad(by_hand)(params())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+
 
 def test_chunked_loss_has_the_same_value_and_gradient():
     batch = next(RandomBatches())

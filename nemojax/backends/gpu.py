@@ -134,7 +134,8 @@ def attend_tokamax(
         first_BT = jnp.maximum(first_BT, jnp.arange(full) - window + 1)
     for kernel in kernels:
         try:
-            return _tokamax(q_BTNH, k_BTKH, v_BTKH, first_BT, mask_type, kernel)[:, :length]
+            out: Any = _tokamax(q_BTNH, k_BTKH, v_BTKH, first_BT, mask_type, kernel)
+            return out[:, :length]
         except NotImplementedError:
             if kernel is kernels[-1]:
                 raise
@@ -145,13 +146,13 @@ def attend_tokamax(
 def _tokamax(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first_BT: jax.Array, mask_type: Any, kernel: Any
 ) -> jax.Array:
-    # the same call as below, so that XLA sees one where rematerialisation leaves both
-    return _forward(q_BTNH, k_BTKH, v_BTKH, first_BT, mask_type, kernel)[0]
+    return kernel(q_BTNH, k_BTKH, v_BTKH, mask=mask_type(is_causal=True, k_start=first_BT[:, None]))
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, first_BT: jax.Array, mask_type: Any, kernel: Any):
     mask = mask_type(is_causal=True, k_start=first_BT[:, None])
-    out, sums = kernel(q, k, v, mask=mask, return_residuals=True)
+    # behind a barrier: XLA would run the kernel once for what is kept of a layer, and once for the layer
+    out, sums = jax.lax.optimization_barrier(kernel(q, k, v, mask=mask, return_residuals=True))
     # by a name, which tokamax gives them not: else rematerialisation would run the kernel a second time
     out, sums = jax.tree.map(lambda x: checkpoint_name(x, SAVED), (out, sums))
     return out, (q, k, v, first_BT, out, sums)

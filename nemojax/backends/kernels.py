@@ -1,4 +1,4 @@
-"""Which kernel computes attention over packed rows: one choice, by machine, rows and configuration.
+"""What is chosen by machine: which kernel computes attention over packed rows, and how programs are compiled.
 
 Each machine's file lists kernels of its own, the best first, and says which rows they cannot serve. Every
 machine has `blockwise`, loops that XLA compiles anywhere, and `short` for rows whose scores are small.
@@ -6,8 +6,12 @@ machine has `blockwise`, loops that XLA compiles anywhere, and `short` for rows 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
+
+import jax
 
 from nemojax.backends import cpu, gpu, tpu
 from nemojax.backends.rows import Rows
@@ -45,3 +49,31 @@ def _refusal(platform: str, kernel: Kernel, rows: Rows) -> str | None:
     if rows.split:
         return "it takes columns in their order, and devices that share a row have another"
     return None if kernel == "short" else machine(platform).refusal(kernel, rows)
+
+
+def jit(
+    platform: Callable[[], str], *, decodes: bool = False, **settings: Any
+) -> Callable[[Callable[..., Any]], Any]:
+    """`jax.jit` with the compiler options of the machine that a program is for, as a decorator.
+
+    platform: says which, whenever it is called. decodes: of one that makes a few tokens at a time, and so
+    mostly reads weights.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.cache
+        def program(name: str) -> Any:
+            options = {
+                **machine(name).COMPILER_OPTIONS,
+                **(machine(name).DECODING_OPTIONS if decodes else {}),
+            }
+            return jax.jit(function, compiler_options=options or None, **settings)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return program(platform())(*args, **kwargs)
+
+        call.lower = lambda *args, **kwargs: program(platform()).lower(*args, **kwargs)  # pyright: ignore
+        return call
+
+    return decorate

@@ -20,7 +20,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.backends.fp8 import Quantized
-from nemojax.backends.matmul import MIN_ROWS
+from nemojax.backends.kernels import jit
 from nemojax.generate.sampling import Controls, Drawn, Report, SamplingConfig, sample
 from nemojax.model import cache as kv
 from nemojax.model.attention import Context, make_context
@@ -34,7 +34,7 @@ from nemojax.model.llama import (
     quantize,
     quantized_shardings,
 )
-from nemojax.sharding import jit, mesh_of, platform
+from nemojax.sharding import mesh_of, platform
 from nemojax.tree import from_paths
 
 FAR = 2**30  # a slot, row or position that no array has: writes there are dropped
@@ -103,17 +103,17 @@ def prepare(params: Params, compute: Compute, mesh: jax.sharding.Mesh | None) ->
     """(weights as they are used, whether they are split by layer): in the dtype of `compute`, and block
     matrices in e4m3 where it says fp8. What was prepared before stays as it is."""
     params = _as_used(params, compute)
-    split = (mesh is None or mesh.size == 1) and splits(platform(), compute, _fits_twice(params))
+    split = (mesh is None or mesh.size == 1) and splits(platform(), _fits_twice(params))
     return (split_layers(params), True) if split else (params, False)
 
 
-def splits(platform: str, compute: Compute, fits_twice: bool) -> bool:
+def splits(platform: str, fits_twice: bool) -> bool:
     """Whether weights on one device are split by layer, for which the layers are there twice for a moment.
 
-    On a GPU a product reads a layer's weights in their stack, but for those in FP8: of these every step would
-    make a copy.
+    A product of a GPU reads weights in FP8, and before jax 0.11 any, only where they begin an array: of
+    layers in a stack every step would make copies. Others are a few percent faster split, too.
     """
-    return platform == "cpu" or (platform in ("gpu", "cuda") and compute.matmul == "fp8" and fits_twice)
+    return platform == "cpu" or (platform in ("gpu", "cuda") and fits_twice)
 
 
 def _fits_twice(params: Params) -> bool:
@@ -223,7 +223,7 @@ def _draw(
     )
 
 
-@jit(static_argnames=("how", "keys"), donate_argnames="state")
+@jit(platform, static_argnames=("how", "keys"), donate_argnames="state")
 def extend(
     params: Params, state: State, chunk: Chunk, first: First | None, *, how: How, keys: int
 ) -> tuple[State, Emitted | None]:
@@ -249,7 +249,7 @@ def extend(
     return State(cache, seen_BV), Emitted(once_M, *(x[None] for x in drawn))
 
 
-@jit(decodes=True, static_argnames=("how", "keys"), donate_argnames="state")
+@jit(platform, decodes=True, static_argnames=("how", "keys"), donate_argnames="state")
 def decode(
     params: Params,
     state: State,
@@ -267,8 +267,6 @@ def decode(
     `slot_B`: the slot of each row; None where row b is slot b, which spares gathering them. `allowed_BV`
     holds for one step.
     """
-    asked_for = rows.ints_BI.shape[0]
-    rows, slot_B, allowed_BV = _filled(rows, slot_B, allowed_BV)
     ints_BI = rows.ints_BI
     num_rows = ints_BI.shape[0]
     shape = (how.steps, num_rows)
@@ -306,24 +304,10 @@ def decode(
     runs_B = ints_BI[:, _PLACE] > 0
     start = (jnp.int32(0), state, ints_BI[:, 0], ints_BI[:, 1], runs_B, nothing)
     _, state, *_, out = jax.lax.while_loop(going, step, start)
-    return state, Emitted(out.count_B[:asked_for], *(x[:, :asked_for] for x in out[1:]))
+    return state, out
 
 
-def _filled(rows: Packed, slot_B: Any, allowed_BV: Any) -> tuple[Packed, Any, Any]:
-    """With idle rows, where products of a GPU would otherwise be filled up one by one (`matmul.MIN_ROWS`)."""
-    num_rows = rows.ints_BI.shape[0]
-    more = MIN_ROWS - num_rows if platform() in ("gpu", "cuda") else 0
-    if more <= 0:
-        return rows, slot_B, allowed_BV
-    slot_B = jnp.arange(num_rows) if slot_B is None else slot_B
-    idle = Packed(*(jnp.pad(x, ((0, more), (0, 0))) for x in rows))
-    allowed_BV = (
-        None if allowed_BV is None else jnp.pad(allowed_BV, ((0, more), (0, 0)), constant_values=True)
-    )
-    return idle, jnp.pad(slot_B, (0, more)), allowed_BV
-
-
-@jit(decodes=True, static_argnames=("how", "keys"), donate_argnames="state")
+@jit(platform, decodes=True, static_argnames=("how", "keys"), donate_argnames="state")
 def verify(
     params: Params,
     state: State,
@@ -368,7 +352,7 @@ def verify(
     return State(cache, _remember(state, slot_B, kept_BT)), Emitted(count_B, *by_step)
 
 
-@jit(decodes=True, static_argnames=("how", "keys", "steps"), donate_argnames="state")
+@jit(platform, decodes=True, static_argnames=("how", "keys", "steps"), donate_argnames="state")
 def propose(
     params: Params, state: State, rows: Packed, slot_B: Any = None, *, how: How, keys: int, steps: int
 ) -> tuple[State, jax.Array]:
@@ -392,7 +376,7 @@ def propose(
     return State(cache, state.seen_BV), tokens_TB[:steps].T
 
 
-@jit(static_argnames="keys", donate_argnames="state")
+@jit(platform, static_argnames="keys", donate_argnames="state")
 def fork(state: State, from_M: Any, to_M: Any, *, keys: int) -> State:
     """The first `keys` positions of some slots copied into others."""
     return State(kv.fork(state.cache, from_M, to_M, keys), state.seen_BV)

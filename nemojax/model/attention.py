@@ -190,13 +190,12 @@ def _kv_heads(device: jax.Array, num_heads: int, group: int) -> jax.Array:
 def attend_cached(q_BTNH: jax.Array, seen: View, ctx: Context, spec: Attention) -> jax.Array:
     """Attention of new tokens over a cache whose key index is its position; returns [B, T, N, H].
 
-    On a GPU a few tokens go through a kernel that reads the cache in place.
+    On a GPU by a kernel that reads the cache in place.
     """
-    num_rows, tokens, n, h = q_BTNH.shape
+    num_rows = q_BTNH.shape[0]
     if platform() in ("gpu", "cuda"):
         slots = seen.slots(num_rows)
-        group = n // slots.k.shape[2]
-        if cached.refusal(tokens, group, h, q_BTNH.dtype, slots) is None and _in_place(q_BTNH, seen, slots):
+        if cached.refusal(q_BTNH.shape[3], q_BTNH.dtype, slots) is None and _in_place(q_BTNH, seen, slots):
             return _attend_slots(q_BTNH, ctx.positions_BT, slots, seen.window.keys, spec.window)
     return attend_read(q_BTNH, *seen.read(num_rows, q_BTNH.dtype), ctx, spec)
 
@@ -222,13 +221,15 @@ def _attend_slots(
     if mesh.empty or mesh.size == 1:
         return attend(q_BTNH, positions_BT, slots)
     rows, _, heads, _ = queries = spec_of(q_BTNH.shape, "batch", None, "heads", None)
-    values, scale, one = jax.P(None, rows, heads), jax.P(None, rows, heads), jax.P()
-    parts = Slots(values, values, *[None if slots.k_scale is None else scale] * 2, one, jax.P(rows))
+    values = jax.P(None, rows, heads)
+    scales = None if slots.k_scale is None else values
+    parts: Any = Slots(values, values, scales, scales, layer=jax.P(), slot_B=jax.P(rows))  # pyright: ignore
+
+    split = ways_of("batch") > 1
 
     def on_device(q: jax.Array, positions: jax.Array, slots: Slots) -> jax.Array:
-        # a device's slots are its rows
-        own = slots._replace(slot_B=jnp.arange(q.shape[0])) if rows else slots
-        return attend(q, positions, own)
+        # of rows that are split, a device's slots are its own
+        return attend(q, positions, slots._replace(slot_B=jnp.arange(q.shape[0])) if split else slots)
 
     one_each = jax.shard_map(
         on_device, in_specs=(queries, jax.P(rows), parts), out_specs=queries, check_vma=False

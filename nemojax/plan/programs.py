@@ -252,7 +252,7 @@ def _generation(
     device = mesh.devices.flat[0]
     room = chip.hbm_bytes * GPU_MEMORY if (chip := chip_of(device)) else math.inf
     twice = bytes_on_device((weights, weights["runs"], beside)) <= room
-    split = mesh.size == 1 and programs.splits(device.platform, compute, twice)
+    split = mesh.size == 1 and programs.splits(device.platform, twice)
     if split:
         [weights] = _over(mesh, (jax.eval_shape(split_layers, weights),))
     dtype = jnp.dtype(compute.dtype)

@@ -61,6 +61,52 @@ def layers_that_stand_alone() -> dict[str, float]:
         return {"held": held, "free": temporaries()}
 
 
+def decoding(rows: int, capacity: int = 2048) -> dict[str, Any]:
+    """A decoding step of four layers of 8B on one device, layers apart as an engine there has them: its
+    calls, temporaries, and the bytes of a matrix of a feed-forward."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nemojax.arch import uniform
+    from nemojax.backends.topology import open_topology
+    from nemojax.generate import programs
+    from nemojax.generate.sampling import SamplingConfig
+    from nemojax.model import llama
+    from nemojax.model.cache import init_cache
+    from nemojax.model.layout import split_layers
+    from nemojax.sharding import MeshConfig, make_mesh
+
+    shape: dict[str, Any] = {
+        "vocab_size": 128256,
+        "dim": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "ffn_width": 14336,
+    }
+    arch = uniform(**shape, num_layers=4, context=capacity)
+    mesh = make_mesh(MeshConfig(), open_topology("h100:1").devices[:1])
+    place = jax.NamedSharding(mesh, jax.P())
+
+    def on_one(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    weights = on_one(jax.eval_shape(split_layers, llama.abstract_params(arch, jnp.bfloat16)))
+    cache = on_one(jax.eval_shape(lambda: init_cache(arch, rows, capacity, jnp.dtype("bfloat16"), True)))
+    asked = programs.pack([(5, 16, 8, SamplingConfig(), (0, i), ()) for i in range(rows)], 2)
+    how = programs.How(arch, llama.Compute("bfloat16"), steps=8)
+    arguments = (weights, programs.State(cache, None), asked, np.int32(8), np.int32(0))
+    with jax.set_mesh(mesh):
+        compiled = programs.decode.lower(*arguments, how=how, keys=capacity).compile()
+    memory: Any = compiled.memory_analysis()
+    matrix = 2 * shape["dim"] * shape["ffn_width"]
+    return {
+        "calls": calls(compiled.as_text()),
+        "temporaries": memory.temp_size_in_bytes,
+        "matrix": matrix,
+    }
+
+
 def main() -> None:
     prepare()
     import jax
@@ -138,6 +184,7 @@ def main() -> None:
         report["decode"][name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     report["decode"]["arguments"] = memory.argument_size_in_bytes
     report["decode"]["temporaries"] = memory.temp_size_in_bytes
+    report |= {f"decoding {rows}": decoding(rows) for rows in (1, 64)}
     report["layers that stand alone"] = layers_that_stand_alone()
     print(json.dumps(report))
 

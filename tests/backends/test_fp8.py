@@ -139,11 +139,12 @@ def test_the_model_with_kept_weights_is_the_same_in_every_layout(params):
         assert bound / 10 < float(jnp.std(other - exact) / jnp.std(exact)) < bound
 
 
-def test_products_are_saved_where_matmuls_are(params):
-    """remat=dots computes no product twice, though rematerialisation does not see that FP8's are dots."""
+@pytest.mark.parametrize("kind", ["default", "fp8"])
+def test_products_are_saved_where_matmuls_are(params, kind):
+    """remat=dots computes no product twice, though rematerialisation sees none of them to be a dot."""
 
     def products(remat):
-        compute = llama.Compute(matmul="fp8", remat=remat)
+        compute = llama.Compute(matmul=kind, remat=remat)
         batch = {"tokens": jnp.zeros((1, 8), jnp.int32)}
         loss = jax.grad(lambda p: llama.apply(p, ARCH, batch, compute=compute)[0].sum())
         return jax.jit(loss).lower(params).as_text().count("stablehlo.dot_general")

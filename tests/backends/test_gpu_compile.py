@@ -72,6 +72,15 @@ def test_a_decoding_step(report):
     assert held <= found["arguments"] < 1.01 * held
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_decoding_step_reads_weights_and_cache_where_they_are(report, rows):
+    """The caches of a layer in bf16 are larger than this, and so are its weights, and the head's in f32."""
+    found = report[f"decoding {rows}"]
+    assert found["temporaries"] < found["matrix"]
+    assert count(found, "__gpu$xla.gpu.triton") == 4  # attention over the cache
+    assert count(found, BF16) == 4 * 7 + 1
+
+
 def test_devices_that_share_weights_gather_them_as_fp8(report):
     found = report["sharded"]
     assert len(products(found, E4M3, E4M3)) == 4 and len(products(found, E4M3, E5M2)) == 8

@@ -225,7 +225,6 @@ def decode(args: argparse.Namespace, matmul: Any = "default") -> dict[str, Any]:
     moved = chip and chip.hbm_bandwidth
     weights = (1 if matmul == "fp8" else 2) * arch.num_block_params() + 2 * arch.vocab_size * arch.dim
     result: dict[str, Any] = {"layers": arch.num_layers, "positions": keys, "bandwidth": moved}
-    result["bandwidth_of_a_copy"] = copied(args)
     for rows in ROWS:
         seconds = median(Decoding(params, programs.How(arch, compute), rows, keys, split), args.rounds)
         seconds /= NEW - 1
@@ -237,16 +236,6 @@ def decode(args: argparse.Namespace, matmul: Any = "default") -> dict[str, Any]:
             "of_bandwidth": moved and size / seconds / moved,
         }
     return result
-
-
-def copied(args: argparse.Namespace) -> float:
-    """Bytes a second, read and written, of the simplest pass over a large array."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones(2**16 if args.tiny else 2**30, jnp.bfloat16)
-    more = jax.jit(lambda x: x + 1)
-    return 2 * x.nbytes / median(lambda: more(x).block_until_ready(), args.rounds)
 
 
 class Decoding:

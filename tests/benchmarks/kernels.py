@@ -1,12 +1,14 @@
 """How far a GPU's kernels are from plain formulas in f32: norm of the difference over the formula's.
 
-Rounding to bf16 leaves some 0.003, to e4m3 some 0.04; a wrong mask or a wrong place, 0.1 and more. Attention over
-packed rows and over one document is compared with its gradients, attention over a cache for every dtype of it.
+Rounding to bf16 leaves some 0.003, to e4m3 some 0.04; a wrong mask or a wrong place, 0.1 and more. Attention
+over packed rows and over one document is compared with its gradients, over a cache for each of its dtypes.
+Each distance is told as soon as it is known, on standard error.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,11 @@ from typing import Any
 def distances(arch: Any, length: int) -> dict[str, Any]:
     """Of every kernel, for heads as `arch` has them and rows of `length` positions; or an "error"."""
     cases = {**packed(arch, length), **cached(arch), **products(arch)}
-    return {name: measured(*case) for name, case in cases.items()}
+    found = {}
+    for name, case in cases.items():
+        found[name] = measured(*case)
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    return found
 
 
 def measured(function: Callable[..., Any], formula: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
@@ -99,8 +105,8 @@ def cached(arch: Any, capacity: int = 512, slots: int = 6) -> dict[str, Any]:
                 return attend_slots(q, positions, view.slots(3), keys=capacity, window=window)
 
             def formula(q: Any, view: Any = view, positions: Any = positions, window: Any = window) -> Any:
-                ctx = make_context(arch, positions)
-                return attend_read(q, *view.read(3, q.dtype), ctx, Attention(kv_heads, window))
+                ctx, (keys, values) = make_context(arch, positions), view.read(3, q.dtype)
+                return attend_read(q, keys, values, ctx, Attention(kv_heads, window))
 
             name = f"cache of {dtype}, {tokens} tokens, window {window}"
             cases[name] = kernel, formula, (random(7, 3, tokens, arch.num_heads, arch.head_dim),)
