@@ -72,10 +72,10 @@ def test_it_is_attention_over_what_is_read(dtype, window, tokens, keys):
 @pytest.mark.parametrize(
     "config, rows_B, in_place",
     [
-        (MeshConfig(tensor=2), [3, 1, 0, 2], True),
+        (MeshConfig(fsdp=1, tensor=2), [3, 1, 0, 2], True),
         (MeshConfig(fsdp=4, tensor=2), None, True),
         (MeshConfig(fsdp=2), [3, 1, 0, 2], False),  # a device has not the slots of its rows
-        (MeshConfig(tensor=4), None, False),  # nor its heads' KV heads alone
+        (MeshConfig(fsdp=1, tensor=4), None, False),  # nor its heads' KV heads alone
     ],
 )
 def test_devices_read_slots_and_heads_of_their_own(monkeypatch, config, rows_B, in_place):
