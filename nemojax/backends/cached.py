@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # positions read at once
+BLOCK = 64  # positions read at once, at most
 LEAST = 256  # positions of a part
 PROGRAMS = 528  # that keep a Hopper GPU's multiprocessors busy, four on each
 TILE = 128  # queries that read a position together, at most
-_LEAST_TILE = 16  # rows that a matrix unit multiplies at once
+_UNIT = 16  # rows that a matrix unit multiplies at once
 NOTHING = -1e30
 
 
@@ -44,8 +44,8 @@ def refusal(head_dim: int, dtype: Any, slots: Slots) -> str | None:
         return f"it computes in bfloat16, not in {jnp.dtype(dtype).name}"
     if head_dim not in (64, 128, 256):
         return f"its heads have 64, 128 or 256 channels, not {head_dim}"
-    if slots.k.shape[3] % BLOCK:
-        return f"its caches have a multiple of {BLOCK} positions, not {slots.k.shape[3]}"
+    if slots.k.shape[3] % _UNIT:
+        return f"its caches have a multiple of {_UNIT} positions, not {slots.k.shape[3]}"
     if 2**31 < slots.k.size <= 2**32 // slots.k.dtype.itemsize:
         return "Pallas counts so many bytes in 32 bits"
     return None
@@ -67,7 +67,7 @@ def attend_slots(
     b, t, n, h = q_BTNH.shape
     num_kv = slots.k.shape[2]
     group = n // num_kv
-    tile = min(TILE, max(_LEAST_TILE, 1 << (t * group - 1).bit_length()))
+    tile = min(TILE, max(_UNIT, 1 << (t * group - 1).bit_length()))
     queries = -(-t * group // tile) * tile
     q_BKQH = q_BTNH.reshape(b, t, num_kv, group, h).transpose(0, 2, 1, 3, 4).reshape(b, num_kv, -1, h)
     fill = queries - t * group
@@ -100,13 +100,14 @@ def _parts(
 
     b, num_kv, queries, h = q_BKQH.shape
     parts = max(1, min(PROGRAMS // (b * num_kv * (queries // tile)), -(-keys // LEAST)))
-    size = -(-keys // (parts * BLOCK)) * BLOCK
+    block = math.gcd(slots.k.shape[3], BLOCK)  # so that none reaches beyond the cache
+    size = -(-keys // (parts * block)) * block
     parts = -(-keys // size)
     scales = () if slots.k_scale is None else (slots.k_scale, slots.v_scale)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     places = (None, None, None)
     kernel = pl.pallas_call(
-        functools.partial(_kernel, size=size, keys=keys, window=window),
+        functools.partial(_kernel, block=block, size=size, keys=keys, window=window),
         grid=(b, num_kv, parts, queries // tile),
         in_specs=[
             pl.BlockSpec((None, None, tile, h), lambda i, k, p, t: (i, k, t, 0)),
@@ -134,7 +135,15 @@ def _parts(
 
 
 def _kernel(
-    q_ref: Any, at_ref: Any, slot_ref: Any, layer_ref: Any, *refs: Any, size: int, keys: int, window: Any
+    q_ref: Any,
+    at_ref: Any,
+    slot_ref: Any,
+    layer_ref: Any,
+    *refs: Any,
+    block: int,
+    size: int,
+    keys: int,
+    window: Any,
 ):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -147,16 +156,16 @@ def _kernel(
     scale = q_qH.shape[-1] ** -0.5 * math.log2(math.e)  # exponentials are powers of two there
 
     def rows(ref: Any, start: jax.Array) -> jax.Array:
-        return ref.at[layer, slot, head, pl.ds(start, BLOCK)][...]
+        return ref.at[layer, slot, head, pl.ds(start, block)][...]
 
     def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         sum_qH, top_q, total_q = carry
-        start = i * BLOCK
+        start = i * block
         k_sH, v_sH = (rows(ref, start).astype(q_qH.dtype) for ref in (k_ref, v_ref))
         scores_qs = triton.dot(q_qH, k_sH, trans_b=True) * scale
         if scales:
             scores_qs *= rows(scales[0], start)[None, :]
-        key_s = start + jnp.arange(BLOCK, dtype=jnp.int32)
+        key_s = start + jnp.arange(block, dtype=jnp.int32)
         seen_qs = key_s[None, :] <= at_q[:, None]
         if window is not None:
             seen_qs &= at_q[:, None] - key_s[None, :] < window
@@ -182,6 +191,6 @@ def _kernel(
         jnp.full((queries,), NOTHING, jnp.float32),
         jnp.zeros((queries,), jnp.float32),
     )
-    sum_qH, top_q, total_q = jax.lax.fori_loop(first // BLOCK, pl.cdiv(last, BLOCK), body, start)
+    sum_qH, top_q, total_q = jax.lax.fori_loop(first // block, pl.cdiv(last, block), body, start)
     sum_ref[...], total_ref[...] = sum_qH, total_q
     top_ref[...] = top_q / math.log2(math.e)

@@ -103,6 +103,8 @@ def prepare(params: Params, compute: Compute, mesh: jax.sharding.Mesh | None) ->
     """(weights as they are used, whether they are split by layer): in the dtype of `compute`, and block
     matrices in e4m3 where it says fp8. What was prepared before stays as it is."""
     params = _as_used(params, compute)
+    if any(isinstance(run, tuple) for run in params.get("runs", {}).values()):
+        return split_layers(params), True
     split = (mesh is None or mesh.size == 1) and splits(platform(), _fits_twice(params))
     return (split_layers(params), True) if split else (params, False)
 

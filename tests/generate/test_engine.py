@@ -10,11 +10,12 @@ import pytest
 from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.data.examples import Example
 from nemojax.data.packing import row_per_example
+from nemojax.generate import programs
 from nemojax.generate.completions import complete, generate
 from nemojax.generate.engine import Engine, EngineConfig
 from nemojax.generate.jobs import Job, job_key
 from nemojax.generate.sampling import SamplingConfig, log_distribution, make_controls, sample
-from nemojax.model.llama import apply, init_params, param_shardings
+from nemojax.model.llama import Compute, apply, init_params, param_shardings
 from nemojax.rl.loss import policy_logps
 from nemojax.sharding import MeshConfig, make_mesh
 
@@ -100,6 +101,17 @@ def test_a_mesh_gives_the_same_greedy_tokens():
     other = generate(placed, arch, prompts, jax.random.key(0), sampling, [EOS], max_batch=8, mesh=mesh)
     assert one == other
     assert len({tuple(c.tokens) for c in one}) == 12
+
+
+def test_weights_that_were_split_stay_so(params, monkeypatch):
+    """Also where the device has no room any more for the layers a second time."""
+    layers, apart = programs.prepare(params, Compute(), None)
+    monkeypatch.setattr(programs, "_fits_twice", lambda _: False)
+    again, still = programs.prepare(layers, Compute(), None)
+    assert apart and still and jax.tree.all(jax.tree.map(lambda a, b: a is b, again, layers))
+    monkeypatch.setattr(programs, "platform", lambda: "gpu")
+    assert programs.prepare(layers, Compute(), None)[1] and not programs.prepare(params, Compute(), None)[1]
+    assert programs.splits("gpu", True) and not programs.splits("tpu", True)
 
 
 def test_rows_do_not_see_each_other(params):
