@@ -277,7 +277,7 @@ def _chunk(
             k: jnp.sum(v * rows["weights" if k in ("lm", "z") else "compared"]) for k, v in values.items()
         }
         scaled = {k: jnp.sum(values[k] * scale_BC * rows["compared"]) for k in DIVERGENCES if k in values}
-        return jnp.dot(coefs, jnp.stack([(sums | scaled)[name] for name in plan.terms])), sums
+        return jnp.sum(coefs * jnp.stack([(sums | scaled)[name] for name in plan.terms])), sums
 
     logits_BCV = logits_of(x_BCD, w_VD)
     if dtype is None:
