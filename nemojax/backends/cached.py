@@ -38,15 +38,19 @@ class Slots(NamedTuple):
     slot_B: jax.Array
 
 
-def refusal(head_dim: int, dtype: Any, slots: Slots) -> str | None:
-    """Why the kernel cannot serve queries of such heads; None when it can."""
+def refusal(head_dim: int, dtype: Any, slots: Slots, size: int | None = None) -> str | None:
+    """Why the kernel cannot serve queries of such heads; None when it can.
+
+    size: numbers among the keys that one device has; all of them unless said.
+    """
+    size = slots.k.size if size is None else size
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16, not in {jnp.dtype(dtype).name}"
     if head_dim not in (64, 128, 256):
         return f"its heads have 64, 128 or 256 channels, not {head_dim}"
     if slots.k.shape[3] % _UNIT:
         return f"its caches have a multiple of {_UNIT} positions, not {slots.k.shape[3]}"
-    if 2**31 < slots.k.size <= 2**32 // slots.k.dtype.itemsize:
+    if 2**31 < size <= 2**32 // slots.k.dtype.itemsize:
         return "Pallas counts so many bytes in 32 bits"
     return None
 

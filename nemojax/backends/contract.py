@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+SAVED = "product"  # what rematerialisation calls a product: inside a gradient of its own it sees no dot
+
 
 def contract(subscripts: str, a: jax.Array, b: jax.Array, out_dtype: Any, precision: Any = None) -> jax.Array:
     """An einsum whose operands stay in the order given (`jnp.einsum` may swap), summed up in `out_dtype`."""

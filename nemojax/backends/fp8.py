@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from nemojax.backends.contract import (
     absmax_along,
@@ -41,7 +40,6 @@ from nemojax.backends.contract import (
 )
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-SAVED = "fp8_product"  # what rematerialisation calls a product, which it cannot see to be a dot
 MIN_ROWS = 16  # that cuBLASLt's FP8 takes; XLA widens the weights for fewer, as in decoding few sequences
 MAX_EXPONENT = 125  # of a scale, either way: it and its inverse are ordinary numbers of f32 and bf16
 
@@ -151,7 +149,7 @@ def _product(
 
     out = subscripts.split("->")[1]
     y = jax.lax.platform_dependent(a.values, b.values, cuda=narrow, default=wide)
-    return checkpoint_name(y * a.scale.astype(y.dtype) * b.scale.astype(y.dtype), SAVED)
+    return y * a.scale.astype(y.dtype) * b.scale.astype(y.dtype)
 
 
 def _scale(absmax: jax.Array, dtype: Any) -> jax.Array:

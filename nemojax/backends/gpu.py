@@ -57,13 +57,13 @@ def refusal(kernel: str, rows: Rows) -> str | None:
     if kernel == "tokamax":
         if rows.head_dim % 64 or rows.head_dim > 256:
             return f"its heads have 64, 128, 192 or 256 channels, not {rows.head_dim}"
-        missing = f"tokamax {TOKAMAX}* is not installed (the extra `cuda12` brings it)"
+        missing = f"tokamax {TOKAMAX}* is not installed (the extras `cuda12` and `cuda13` bring it)"
         return None if tokamax_kernels() else missing
     if rows.packed:
         return "it knows no documents within a row"
     if rows.head_dim % 8 or rows.head_dim > 128:
         return f"its heads have up to 128 channels, a multiple of 8, not {rows.head_dim}"
-    return None if cudnn_version() else "cuDNN is not installed (the extra `cuda12` brings it)"
+    return None if cudnn_version() else "cuDNN is not installed (the extras `cuda12` and `cuda13` bring it)"
 
 
 @functools.cache

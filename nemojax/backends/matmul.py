@@ -10,10 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nemojax.backends import fp8, int8
-from nemojax.backends.contract import contract, contract_filled, gradient_forms, missing_rows
-
-# what rematerialisation calls a product: inside a function with a gradient of its own it sees no dot
-SAVED = fp8.SAVED
+from nemojax.backends.contract import SAVED, contract, contract_filled, gradient_forms, missing_rows
 
 # Tokens of a product on a GPU, at least. With fewer it would be no matmul but a sum of products, rounded one
 # by one, for which XLA writes both operands down anew, the weights of the head in f32.
@@ -40,10 +37,12 @@ def matmul(
         return fp8.matmul_quantized(subscripts, x, w, out_dtype)
     match kind:
         case "fp8":
-            return fp8.matmul(subscripts, x, w, out_dtype)
+            y = fp8.matmul(subscripts, x, w, out_dtype)
         case "int8":
-            return int8.matmul(subscripts, x, w, out_dtype)
-    return checkpoint_name(_matmul(x, w.astype(x.dtype), subscripts, out_dtype), SAVED)
+            y = int8.matmul(subscripts, x, w, out_dtype)
+        case _:
+            y = _matmul(x, w.astype(x.dtype), subscripts, out_dtype)
+    return checkpoint_name(y, SAVED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

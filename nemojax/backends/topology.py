@@ -252,7 +252,7 @@ def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
         raise ValueError(
             f"topology: {chip.name}:{count}: expected jax's CUDA plugin, which compiles for GPUs, got none; "
             "pip install jax-cuda12-plugin and jax-cuda12-pjrt (or both of cuda13) in jax's version, or "
-            f"'nemojax[cuda12]', or name a folder that has them in {CUDA_PLUGINS}"
+            f"'nemojax[cuda12]' or 'nemojax[cuda13]', or name a folder that has them in {CUDA_PLUGINS}"
         )
     hosts = max(1, count // host)
     grid = f"1x{hosts}x{min(count, host)}"

@@ -195,9 +195,20 @@ def attend_cached(q_BTNH: jax.Array, seen: View, ctx: Context, spec: Attention) 
     num_rows = q_BTNH.shape[0]
     if platform() in ("gpu", "cuda"):
         slots = seen.slots(num_rows)
-        if cached.refusal(q_BTNH.shape[3], q_BTNH.dtype, slots) is None and _in_place(q_BTNH, seen, slots):
+        size = _numbers_of_a_device(slots.k)
+        if cached.refusal(q_BTNH.shape[3], q_BTNH.dtype, slots, size) is None and _in_place(
+            q_BTNH, seen, slots
+        ):
             return _attend_slots(q_BTNH, ctx.positions_BT, slots, seen.window.keys, spec.window)
     return attend_read(q_BTNH, *seen.read(num_rows, q_BTNH.dtype), ctx, spec)
+
+
+def _numbers_of_a_device(cache_nBKSH: jax.Array) -> int:
+    mesh, shape = jax.sharding.get_abstract_mesh(), cache_nBKSH.shape
+    if mesh.empty or mesh.size == 1:
+        return cache_nBKSH.size
+    place = jax.NamedSharding(mesh, spec_of(shape, None, "batch", "kv_heads", None, None))
+    return math.prod(place.shard_shape(shape))
 
 
 def _in_place(q_BTNH: jax.Array, seen: View, slots: Slots) -> bool:

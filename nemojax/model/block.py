@@ -37,7 +37,7 @@ AXES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]] = {
     "down": (("mlp", "embed"), (0,)),
 }
 
-# Writes the new keys and values of this layer into the cache and gives back all that are seen, [B, K, S, H].
+# Writes the new keys and values of this layer into the cache and gives back a view of all that are seen.
 CacheUpdate = Callable[[jax.Array, jax.Array], View]
 Capture = dict[str, jax.Array]
 

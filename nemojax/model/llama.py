@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nemojax.arch import ArchSpec, Run
 from nemojax.backends import fp8
+from nemojax.backends.contract import SAVED as PRODUCT
 from nemojax.backends.kernels import Asked
 from nemojax.backends.matmul import Kind, matmul
 from nemojax.config import field
@@ -32,7 +33,7 @@ from nemojax.sharding import HOST_MEMORY, constrain, shardings_of
 
 # matmuls are not computed twice; nor is attention over a long row, which is a loop of them
 KEEP_DOTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED, fp8.SAVED)
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED, PRODUCT)
 )
 
 # the stream before each block, all that whole blocks are computed again from, waits in host memory

@@ -139,7 +139,7 @@ def test_the_model_with_kept_weights_is_the_same_in_every_layout(params):
         assert bound / 10 < float(jnp.std(other - exact) / jnp.std(exact)) < bound
 
 
-@pytest.mark.parametrize("kind", ["default", "fp8"])
+@pytest.mark.parametrize("kind", ["default", "fp8", "int8"])
 def test_products_are_saved_where_matmuls_are(params, kind):
     """remat=dots computes no product twice, though rematerialisation sees none of them to be a dot."""
 

@@ -79,7 +79,7 @@ def test_a_missing_compiler(monkeypatch, name, module, variable, message):
 
 
 def _has_cuda() -> bool:
-    return importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13))
 
 
 def test_a_program_of_the_machine_at_hand():
