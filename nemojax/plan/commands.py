@@ -21,8 +21,9 @@ GIB = 2**30
 EPILOG = """\
 Compiles the very programs that the step would run, for a machine that need not be there, and prints what
 a device would hold, what it would send, and how long it would take at least. TPUs need libtpu (the extra
-`tpu`), GPUs jax-cuda12-plugin and jax-cuda12-pjrt, or those of cuda13; folders that
-NEMOJAX_LIBTPU and NEMOJAX_CUDA_PLUGINS name may have them. Times are a roofline's: peak rates and bandwidths, everything hidden behind what takes longest."""
+`tpu`), GPUs jax-cuda12-plugin and jax-cuda12-pjrt, or those of cuda13; NEMOJAX_LIBTPU and
+NEMOJAX_CUDA_PLUGINS name folders that have them. Times are a roofline's: peak rates and bandwidths,
+everything hidden behind what takes longest."""
 
 
 def plan_command(args: Sequence[str]) -> None:
