@@ -21,6 +21,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4}  # of dtypes whose name does not end in the
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")  # an attribute of several lines also ends in a brace
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -105,7 +106,7 @@ def _computations(text: str) -> dict[str, list[str]]:
         if inside is None:
             if head := _COMPUTATION.match(line):
                 inside = found.setdefault("ENTRY" if line.startswith("ENTRY") else head[1], [])
-        elif line.startswith("}"):
+        elif _END.match(line):
             inside = None
         else:
             inside.append(line)

@@ -99,6 +99,35 @@ ENTRY %main (p: f32[4]) -> f32[4] {
     assert collectives(program, FOUR) == [Collective("all-reduce", ("tensor",), 6, 6 * 16)]
 
 
+def test_an_attribute_of_several_lines_does_not_end_a_computation():
+    """As libtpu writes a kernel's metadata."""
+    gather = "bf16[4,512] all-gather({}), channel_id={}, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={{0}}"
+    cycles = 'backend_config={"estimated_cycles":"30"}'
+    text = f"""HloModule jit_step
+
+%body (p: s32[]) -> bf16[4,512] {{
+  %kernel = bf16[4,256] custom-call(%p), frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{block_q: 512}}"
+}}}}, metadata={{op_name="splash"}}
+  %first = {gather.format("%kernel", 1)}
+  ROOT %last = bf16[4,512] fusion(%first), calls=%fused, {cycles}
+}}, execution_thread="main"
+
+%condition (p: s32[]) -> pred[] {{
+  %limit = s32[] constant(6)
+  ROOT %more = pred[] compare(%p, %limit), direction=LT
+}}
+
+ENTRY %main (p: s32[]) -> bf16[4,512] {{
+  %loop = s32[] while(%p), condition=%condition, body=%body
+  ROOT %second = {gather.format("%p", 2)}
+}}
+"""
+    [found] = collectives(text, FOUR)
+    assert (found.kind, found.count, found.bytes) == ("all-gather", 7, 7 * 2048)
+    assert estimated_cycles(text) == (180, ((6, 30),))
+
+
 def test_kernels_are_counted():
     text = 'a custom_call_target="tpu_custom_call", b custom_call_target="x" custom_call_target="x"'
     assert kernels(text) == {"tpu_custom_call": 1, "x": 2}
