@@ -1,11 +1,12 @@
 """Losses between next-token distributions, from hidden states and output matrices, in one pass of chunks.
 
 Forward and reverse KL and the generalised Jensen-Shannon divergence between a student and a teacher (several
-mixed, or one whose top k are cached), beside the cross-entropy. A chunk of positions at a time, the logits of
-all heads are made, compared, and turned at once into the gradients of the student's hidden states and output
-matrix; the backward pass only scales these. So no logits are ever made twice, [B, T, V] never exists, and the
-teacher leaves nothing behind. Under a mesh every device takes chunks of its own rows and positions and its
-own part of the vocabulary, and gradients of the matrix cross devices once, after the last chunk.
+mixed, or one whose top k are cached), the cross-entropy, and the policy loss of sampled tokens. A chunk of
+positions at a time, the logits of all heads are made, compared, and turned at once into the gradients of the
+student's hidden states and output matrix; the backward pass only scales these. So no logits are ever made
+twice, [B, T, V] never exists, and the teacher leaves nothing behind. Under a mesh every device takes chunks
+of its own rows and positions and its own part of the vocabulary, and gradients of the matrix cross devices
+once, after the last chunk.
 
 Shape letters: B batch, T length, C chunk, D model (E a teacher's), V vocabulary, K kept outcomes.
 """
@@ -24,11 +25,13 @@ from jax.sharding import PartitionSpec
 
 from nemojax.backends.contract import exact
 from nemojax.losses.distributions import NEVER, Axes, TopK, axes_of, integrand, mixture
+from nemojax.losses.policy import PolicyLossConfig, policy_terms
 from nemojax.losses.tokens import logits_of, pieces
 from nemojax.sharding import ways_of
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
-TERMS = (*DIVERGENCES, "lm", "z")
+_COMPARED = (*DIVERGENCES, "teacher_entropy", "agreement")
+TERMS = (*DIVERGENCES, "lm", "z", "policy")
 Weighting = Literal["uniform", "entropy", "confidence"]
 
 
@@ -37,6 +40,14 @@ class Head(NamedTuple):
 
     x_BTD: jax.Array
     w_VD: jax.Array
+
+
+class Policy(NamedTuple):
+    """What the policy loss needs beside the student: its settings, and the rows that `policy_terms` names,
+    without the weights."""
+
+    cfg: PolicyLossConfig
+    rows: Mapping[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ def vocab_loss(
     *,
     targets_BT: jax.Array | None = None,
     compared_BT: jax.Array | None = None,
+    policy: Policy | None = None,
     how: Comparison = Comparison(),
     shares: Sequence[float] = (1.0,),
     chunk: int = 0,
@@ -75,7 +87,8 @@ def vocab_loss(
     `jsd` = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv:2306.13649;
     p teacher, q student; beta = 0 and 1 stand for the limits of jsd / beta and jsd / (1 - beta), the forward
     and reverse KL), `lm` = the cross-entropy of `targets_BT`, at temperature 1. In nats a position. `z` =
-    log(Z)^2 of the student at temperature 1 (PaLM, arXiv:2204.02311, section 5).
+    log(Z)^2 of the student at temperature 1 (PaLM, arXiv:2204.02311, section 5). `policy` = the loss of
+    `policy_terms` for `targets_BT` sampled at the temperature, with its metrics among the sums.
     Divergences count by `compared_BT` (default: `weights_BT`). Several teachers are mixed, p = sum of
     share x p_i with shares that sum to 1. With a divergence come the sums `teacher_entropy` (of what is
     compared) and `agreement` (1 where both have the same first choice).
@@ -87,9 +100,12 @@ def vocab_loss(
     names = tuple(name for name in TERMS if name in coefficients)
     coefs = jnp.stack([jnp.asarray(coefficients[name], jnp.float32) for name in names])
     rows: dict[str, Any] = {"weights": weights_BT}
-    if "lm" in names:
+    if {"lm", "policy"} & set(names):
         assert targets_BT is not None
         rows["targets"] = targets_BT
+    if "policy" in names:
+        assert policy is not None
+        rows["policy"] = dict(policy.rows)
     matrices: tuple[jax.Array, ...] = ()
     if set(names) & set(DIVERGENCES):
         rows["compared"] = weights_BT if compared_BT is None else compared_BT
@@ -98,6 +114,7 @@ def vocab_loss(
         else:
             rows["teachers"], matrices = tuple(t.x_BTD for t in teacher), tuple(t.w_VD for t in teacher)
     plan = _plan(student.w_VD.shape[0], matrices, how, shares, chunk, names)
+    plan = plan._replace(policy=policy and policy.cfg)
     return _loss(plan, student.x_BTD, student.w_VD, rows, matrices, coefs)
 
 
@@ -136,6 +153,7 @@ class _Plan(NamedTuple):
     num_ids: int  # the student's vocabulary
     compared: int  # ids that are compared, the first ones
     num_rows: int  # rows of the matrices as they are computed with: the vocabulary, so that devices divide it
+    policy: PolicyLossConfig | None = None
 
 
 def _plan(
@@ -273,9 +291,7 @@ def _chunk(
     def total(logits_BCV: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         values = _values(plan, axes, logits_BCV, against, rows)
         scale_BC = values.pop("scale", 1.0)
-        sums = {
-            k: jnp.sum(v * rows["weights" if k in ("lm", "z") else "compared"]) for k, v in values.items()
-        }
+        sums = {k: jnp.sum(v * rows["compared" if k in _COMPARED else "weights"]) for k, v in values.items()}
         scaled = {k: jnp.sum(values[k] * scale_BC * rows["compared"]) for k in DIVERGENCES if k in values}
         return jnp.sum(coefs * jnp.stack([(sums | scaled)[name] for name in plan.terms])), sums
 
@@ -301,6 +317,12 @@ def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: 
         lse_BC = axes.logsumexp(all_BCV)
         values |= {"z": lse_BC**2} if "z" in plan.terms else {}
         values |= {"lm": lse_BC - axes.pick(all_BCV, rows["targets"])} if "lm" in plan.terms else {}
+    if plan.policy is not None:
+        scaled_BCV = axes.only(plan.num_ids, logits_BCV / how.temperature)
+        logps_BC = axes.pick(scaled_BCV, rows["targets"]) - axes.logsumexp(scaled_BCV)
+        inputs = rows["policy"] | {"weights": rows["weights"]}
+        values["policy"], metrics = policy_terms(logps_BC, inputs, plan.policy)
+        values |= metrics
     if against is None:
         return values
     p_BCV, kept = against

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from nemojax.config import field
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
 _MAX_LOG_RATIO, _MAX_KL = 20.0, 10.0
 
 
@@ -71,21 +70,20 @@ def clipped_objective(
     return loss_BT, ratio_BT, clamped_BT
 
 
-def grpo_objective(
-    logps_BT: jax.Array, batch: Mapping[str, jax.Array], cfg: PolicyLossConfig
-) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(loss summed over weighted tokens, their weight, metrics) from the current log-probabilities.
+def policy_terms(
+    logps_BT: jax.Array, rows: Mapping[str, jax.Array], cfg: PolicyLossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss, {metric: value}) of every token, each [B, T], from the current log-probabilities.
 
-    Batch keys: weights, advantages, sampler_logps, old_logps (absent: on-policy), ref_logps (needed when the
+    Rows: weights, advantages, sampler_logps, old_logps (absent: on-policy), ref_logps (needed when the
     KL penalty is on), all [B, T] f32.
     """
     # masked positions hold whatever follows a prompt; they must not meet exp
-    mask_BT = batch["weights"] > 0
+    mask_BT = rows["weights"] > 0
     logps_BT = jnp.where(mask_BT, logps_BT, 0.0)
-    sampler_BT = jnp.where(mask_BT, batch["sampler_logps"], 0.0)
-    old_BT = jnp.where(mask_BT, batch.get("old_logps", jax.lax.stop_gradient(logps_BT)), 0.0)
-    weights_BT, weight = batch["weights"], jnp.sum(batch["weights"])
-    loss_BT, ratio_BT, clamped_BT = clipped_objective(logps_BT, old_BT, batch["advantages"], cfg)
+    sampler_BT = jnp.where(mask_BT, rows["sampler_logps"], 0.0)
+    old_BT = jnp.where(mask_BT, rows.get("old_logps", jax.lax.stop_gradient(logps_BT)), 0.0)
+    loss_BT, ratio_BT, clamped_BT = clipped_objective(logps_BT, old_BT, rows["advantages"], cfg)
     drift_BT = jnp.exp(old_BT - sampler_BT)
     if cfg.truncated_importance_sampling_ratio:
         loss_BT = loss_BT * jnp.minimum(drift_BT, cfg.truncated_importance_sampling_ratio)
@@ -93,13 +91,12 @@ def grpo_objective(
     metrics |= {"probs_ratio": ratio_BT, "probs_ratio_clamped": clamped_BT}
     metrics["clip_fraction"] = (ratio_BT != clamped_BT).astype(jnp.float32)
     if cfg.reference_policy_kl_penalty:
-        kl_BT = k3(jnp.where(mask_BT, batch["ref_logps"], 0.0) - logps_BT)
+        kl_BT = k3(jnp.where(mask_BT, rows["ref_logps"], 0.0) - logps_BT)
         if cfg.kl_importance_weight:
             kl_BT = kl_BT * jnp.exp(jnp.clip(logps_BT - sampler_BT, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
         metrics["kl_penalty"] = kl_BT
         loss_BT = loss_BT + cfg.reference_policy_kl_penalty * kl_BT
-    sums = {name: (jnp.sum(jax.lax.stop_gradient(v) * weights_BT), weight) for name, v in metrics.items()}
-    return jnp.sum(loss_BT * weights_BT), weight, sums
+    return loss_BT, metrics
 
 
 def _sampler_metrics(

@@ -65,6 +65,7 @@ class Config:
     fit: FitConfig = field(FitConfig(steps=50, log_every=1), "loop; steps are optimiser steps")
     compute: Compute = field(Compute(), "precision and rematerialisation, of sampler and trainer")
     mesh: MeshConfig = field(MeshConfig(), "devices")
+    loss_chunk: int = field(0, "positions of a row whose logits exist at once; 0: all")
     seed: int = field(0, "order of the problems, and the sampler")
 
 
@@ -94,7 +95,9 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
     before = _kept(workdir / "validation_start.jsonl", lambda: validate(params))
     params = fit(
         params,
-        grpo_loss(arch, cfg.loss, temperature=cfg.rollout.temperature, compute=cfg.compute),
+        grpo_loss(
+            arch, cfg.loss, temperature=cfg.rollout.temperature, compute=cfg.compute, chunk=cfg.loss_chunk
+        ),
         batches,
         arch=arch,
         optim=cfg.optim,
@@ -172,7 +175,12 @@ class Rollouts:
         self._length = self._row_length()
         self._score = jax.jit(
             lambda params, batch: policy_logps(
-                params, arch, batch, temperature=cfg.rollout.temperature, compute=cfg.compute
+                params,
+                arch,
+                batch,
+                temperature=cfg.rollout.temperature,
+                compute=cfg.compute,
+                chunk=cfg.loss_chunk,
             )
         )
         with use_mesh(mesh):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from nemojax.arch import uniform
-from nemojax.losses.policy import PolicyLossConfig, clipped_objective, k3
+from nemojax.losses.policy import PolicyLossConfig, clipped_objective, k3, policy_terms
 from nemojax.model.llama import init_params
 from nemojax.rl.loss import grpo_loss, policy_logps
+from nemojax.sharding import MeshConfig, make_mesh, use_mesh
 
 ARCH = uniform(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_width=32, context=32)
 
@@ -123,6 +124,35 @@ def test_kl_to_the_reference_pulls_back(case):
     assert float(metrics["kl_penalty"][0]) == pytest.approx(0.0, abs=1e-5)
     (_, (_, metrics)), _ = run(case, cfg, ref_logps=batch["sampler_logps"] - 1.0)
     assert float(metrics["kl_penalty"][0]) == pytest.approx(8 * (np.exp(-1) - 1 + 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2, 2), (2, 1, 1, 4)], ids=str)
+def test_one_pass_of_chunks_is_the_objective_on_log_probabilities(case, sizes):
+    """At a temperature, off-policy, with a reference, in chunks that do not divide the rows, on meshes."""
+    params, batch = case
+    rng, cfg = np.random.default_rng(1), PolicyLossConfig(reference_policy_kl_penalty=0.3)
+    batch = {name: np.concatenate([value, value[:1]]) for name, value in batch.items()}
+    for name in ("sampler_logps", "old_logps", "ref_logps"):
+        batch[name] = batch["sampler_logps"] + rng.normal(0, 0.2, (4, 8)).astype(np.float32)
+    rows = {name: jnp.asarray(value) for name, value in batch.items()}
+
+    def straightforward(p):
+        loss, metrics = policy_terms(policy_logps(p, ARCH, rows, temperature=0.7), rows, cfg)
+        return jnp.sum(loss * rows["weights"]), {k: jnp.sum(v * rows["weights"]) for k, v in metrics.items()}
+
+    def one_pass(p):
+        fn = grpo_loss(ARCH, cfg, temperature=0.7, chunk=3)
+        loss, _, metrics = fn(p, None, rows, jax.random.key(0))
+        return loss, {name: total for name, (total, _) in metrics.items()}
+
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(straightforward, has_aux=True))(params)
+    with use_mesh(make_mesh(MeshConfig(*sizes)) if sizes else None):
+        (found, sums), found_grads = jax.jit(jax.value_and_grad(one_pass, has_aux=True))(params)
+    assert float(found) == pytest.approx(float(loss), rel=1e-5) and abs(float(loss)) > 0.1
+    assert sums.keys() == metrics.keys()
+    for name, total in metrics.items():
+        assert float(sums[name]) == pytest.approx(float(total), rel=1e-4, abs=1e-5), name
+    np.testing.assert_allclose(flat(found_grads), flat(grads), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [{"ratio_clip_min": 0.0}, {"ratio_clip_c": 1.1}])
