@@ -29,7 +29,7 @@ from nemojax.model.block import AXES, apply_block, block_axes, init_block, rms_n
 from nemojax.model.blockwise import SAVED
 from nemojax.model.cache import Cache, Layer, View, Window, write
 from nemojax.model.layout import run_name
-from nemojax.sharding import HOST_MEMORY, constrain, shardings_of
+from nemojax.sharding import HOST_MEMORY, constrain, shardings_of, ways_of
 
 # matmuls are not computed twice; nor is attention over a long row, which is a loop of them
 KEEP_DOTS = jax.checkpoint_policies.save_from_both_policies(
@@ -179,6 +179,9 @@ def embed(params: Mapping[str, Any], tokens_BT: jax.Array, compute: Compute = Co
     split as they are stored, the partitioner would gather the activations of all devices instead.
     """
     w_VD = constrain(params["embed"]["weight"].astype(compute.dtype), "vocab", None)
+    if tokens_BT.size == 1 and ways_of("vocab") > 1:
+        # XLA turns the lookup of one token into a slice, for which it gathers the table on GPUs: ask twice
+        return w_VD[jnp.repeat(tokens_BT, 2, axis=1)][:, :1]
     h_BTD = constrain(w_VD[tokens_BT], "batch", "length", None)
     return constrain(h_BTD, "batch", "stream", None)
 

@@ -178,6 +178,14 @@ def main() -> None:
         grad = jax.jit(jax.grad(lambda p, b: loss(p, None, b, jax.random.key(0))[0]), out_shardings=places)
         programs_of["sharded"] = grad.lower(weights, words).compile().as_text()
 
+    # the embedding of one token, whose table is split over all four
+    mesh = make_mesh(MeshConfig(tensor=4), chips.devices)
+    table = {"embed": {"weight": jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)}}
+    table = abstract(table, {"embed": {"weight": jax.NamedSharding(mesh, jax.P("tensor"))}})
+    token = abstract(jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.NamedSharding(mesh, jax.P()))
+    with jax.set_mesh(mesh):
+        programs_of["one token"] = jax.jit(llama.embed).lower(table, token).compile().as_text()
+
     report = {name: {"calls": calls(text), "gathered": gathered(text)} for name, text in programs_of.items()}
     memory: Any = decode.memory_analysis()
     for name, tree in {"weights": kept, "cache": cache}.items():

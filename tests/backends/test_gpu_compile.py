@@ -87,6 +87,10 @@ def test_devices_that_share_weights_gather_them_as_fp8(report):
     assert found["gathered"].count(E4M3) >= 4
 
 
+def test_one_token_does_not_gather_the_embedding(report):
+    assert not report["one token"]["gathered"]
+
+
 def test_layers_that_stand_alone_are_taken_back_one_by_one(report):
     """Left free, a scheduler keeps what all of them have computed again until it sums up their gradients."""
     found = report["layers that stand alone"]
