@@ -54,10 +54,10 @@ def sub_load(
         case Attention(num_kv_heads=k, window=window):
             heads, kv = arch.num_heads * arch.head_dim, k * arch.head_dim
             weights = d * (2 * heads + 2 * kv) + d
-            # a query sees what is cached and, causally, half of the new tokens and itself
-            seen = cached + (tokens + 1) / 2
-            seen = min(seen, window) if window else seen
-            flops = 2 * rows * (weights - d) + 4 * rows * heads * seen
+            flops = (
+                2 * rows * (weights - d)
+                + scores_load(arch, sub, batch=batch, tokens=tokens, cached=cached).flops
+            )
             keys = min(cached, window) if window else cached
             cache = 2 * batch * (keys + tokens) * kv * cache_bytes
             between = 2 * rows * (2 * heads + (2 * kv if not cached else 0)) * act_bytes
@@ -70,6 +70,20 @@ def sub_load(
             return Load(2 * rows * d * d, (d * d + d) * weight_bytes + stream)
         case NoOp():
             return Load()
+
+
+def scores_load(
+    arch: ArchSpec, attn: Attention, *, batch: float, tokens: float, cached: float = 0, act_bytes: float = 2
+) -> Load:
+    """What an attention kernel does: queries times keys and, of what does not leave the chip, times values.
+
+    A query sees what is cached and, causally, half of the new tokens and itself.
+    """
+    rows, heads, kv = batch * tokens, arch.num_heads * arch.head_dim, attn.num_kv_heads * arch.head_dim
+    seen = cached + (tokens + 1) / 2
+    seen = min(seen, attn.window) if attn.window else seen
+    moved = 2 * rows * heads + 2 * batch * (tokens + cached) * kv
+    return Load(4 * rows * heads * seen, moved * act_bytes)
 
 
 def outer_load(

@@ -7,6 +7,7 @@ import pytest
 
 from nemojax.arch import Attention, BlockSpec, Linear, NoOp, SwiGLU, load_arch, uniform
 from nemojax.backends.chips import load_chip
+from nemojax.backends.roofline import scores_load
 from nemojax.compress.cost import CostConfig, Scenario, Step, block_costs, fixed_costs, provenance
 from nemojax.compress.prices import prices_of
 from nemojax.compress.subblock import Part
@@ -33,11 +34,14 @@ def test_a_roofline_prices_what_is_not_here():
     assert "roofline of h100 (989 TFLOP/s, 3352 GB/s)" in provenance(config("h100"))["chat_ms"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     not (os.environ.get("NEMOJAX_LIBTPU") or importlib.util.find_spec("libtpu")),
     reason="libtpu is not installed (200 MB; the extra `tpu`)",
 )
+
+
+@pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("step", [Step(4, 512), Step(8, 1, 1023)], ids=["prefill", "decode"])
 def test_a_tpu_compiler_expects_more_than_the_roofline(step):
     """Never less than the chip's peaks allow, not much more for large matmuls, and less for less work."""
@@ -57,6 +61,21 @@ def test_a_tpu_compiler_expects_more_than_the_roofline(step):
         assert expected[0] < 3 * least[0]
     assert compiled.outer_ms(arch, step) > 0.95 * bound.outer_ms(arch, step)
     assert "compiler for v5e" in compiled.source
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_kernel_of_which_a_tpu_compiler_says_nothing_has_its_price():
+    """As many tokens in longer rows cost what attention between them does, which splash computes."""
+    arch = uniform(
+        vocab_size=512, dim=512, num_layers=1, num_heads=4, num_kv_heads=4, ffn_width=512, context=8192
+    )
+    prices, steps = prices_of("compiled:v5e", "bfloat16", 1), (Step(4, 2048), Step(1, 8192))
+    short, long = (prices.sub_ms(arch, "attn", Attention(4), step) for step in steps)
+    less, more = (
+        scores_load(arch, Attention(4), batch=step.batch, tokens=step.tokens).flops for step in steps
+    )
+    assert long - short > 900 * (more - less) / load_chip("v5e").peak("bfloat16") > 0.1 * short
 
 
 @pytest.mark.parametrize("prices", ["roofline:v9", "roofline", "compiled:h100", "guessed", "measured:v5e"])
