@@ -19,6 +19,7 @@ import pytest
 from nemojax import cli
 from nemojax.checkpoints.artifact import load_params, save_params
 from nemojax.data.tokenizer import train_tokenizer
+from nemojax.evaluate.tasks import load_records
 from nemojax.hosts import on_primary, process_arguments, start_processes
 from nemojax.model.llama import init_params
 from tests.environment import QUICK_COMPILATION
@@ -128,6 +129,17 @@ def get_config():
         "scoring": {{"batches": 2, "also": ["top1"]}},
         "cost": {{"timings": []}},
         "budget": {{"ratio": {{"params": 0.7}}}},
+    }}
+"""
+EVALUATE = """
+def get_config():
+    return {{
+        "models": {{"model": {model!r}}},
+        "data": {{"length": 64, "batch_size": 16, "heldout_batches": 1}},
+        "tasks": {{"problems": {{"families": ["sort3"], "count": 3, "seed": 1}}, "max_new_tokens": 8}},
+        "long_context": {{"lengths": [200], "count": 1, "depths": [0.0, 1.0], "max_new_tokens": 16}}
+        | {{"prompts": "raw", "measures": ["generate", "forced"], "tasks": ["single"]}},
+        "latency": {{"batch": 2, "prompt": 4, "new_tokens": 4, "repeats": 1}},
     }}
 """
 # The command line, with the rows of every batch written down; process FAILS fails at its third batch.
@@ -512,6 +524,26 @@ def test_a_compression_in_two_processes_equals_one(single, tmp_path):
     assert arch == other and arch.blocks != load_params(single.workdir)[0].blocks
     for a, b in zip(jax.tree.leaves(child), jax.tree.leaves(twin), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_two_processes_equals_one(single, tmp_path):
+    recipe = tmp_path / "evaluate.py"
+    recipe.write_text(EVALUATE.format(model=str(single.workdir)))
+    one = Run("evaluate", tmp_path / "a" / "run", recipe, 1).finish()
+    two = Run("evaluate", tmp_path / "b" / "run", recipe, 2).finish()
+    for name in ("tasks_model.jsonl", "conversations.jsonl"):
+        assert (two.workdir / name).read_text() == (one.workdir / name).read_text()
+    questions, others = (load_records(run.workdir / "long_context_model.jsonl") for run in (one, two))
+    assert len(questions) == len(others) == 2
+    for a, b in zip(questions, others, strict=True):
+        assert b.pop("logprob") == pytest.approx(a.pop("logprob"), rel=1e-4) and a == b
+    rows = [result(run)["models"]["model"] for run in (one, two)]
+    assert rows[1]["heldout"] == pytest.approx(rows[0]["heldout"], rel=1e-5)
+    assert rows[1]["tasks"] == rows[0]["tasks"] and rows[1]["latency"]["prefill_ms"] > 0
+    by_position = [row["by_position"].values() for row in rows]
+    for a, b in zip(*([cell for group in by for cell in group] for by in by_position), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec
 from nemojax.buckets import place
+from nemojax.checkpoints.store import to_host
 from nemojax.config import field
 from nemojax.data.chat import encode_prompt
 from nemojax.data.examples import Example
@@ -31,6 +32,7 @@ from nemojax.evaluate.haystack import PLACED, Draft, HaystackConfig, Pieces, Tas
 from nemojax.generate.local import LocalGenerator, Model, batch_config, prepared
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
+from nemojax.generate.shares import answered, weights_here
 from nemojax.losses.tokens import logits_of, over_chunks, token_logps
 from nemojax.model.llama import Compute, Params, final_norm, head_weight, hidden
 from nemojax.sharding import place_batch, use_mesh, ways_of
@@ -181,8 +183,8 @@ def ask(generator: Generator, samples: Sequence[Sample]) -> list[Record]:
     """What was answered and how good it is: {"recall", "exact" (of one expected string), "text", "tokens",
     "prompt_tokens", "finished"} for each sample."""
     records = []
-    answered = generator.answer([sample.request for sample in samples])
-    for sample, [answer] in zip(samples, answered, strict=True):
+    given = generator.answer([sample.request for sample in samples])
+    for sample, [answer] in zip(samples, given, strict=True):
         record: Record = {"recall": recall(sample.expected, answer.content)}
         if len(sample.expected) == 1:
             record["exact"] = float(is_exact(sample.expected[0], answer.content))
@@ -212,25 +214,32 @@ def is_exact(expected: str, text: str) -> bool:
 
 
 def ask_all(model: Model, cfg: LongContextConfig) -> list[Record]:
-    """All measures of a model in this process, a record for each question: what it is (as of `ask_server`),
-    and `ask`'s results or {"logprob", "forced"} or both. ValueError for a length above the context."""
+    """All measures of a model, in one process or several, a record for each question: what it is (as of
+    `ask_server`), and `ask`'s results or {"logprob", "forced"} or both. ValueError for a length above the
+    context."""
     check_lengths(cfg, model.arch, str(model.tokenizer.path))
-    generates = "generate" in cfg.measures
-    ready = prepared(model) if generates else model
+    generates, ready = "generate" in cfg.measures, model
+    if generates:
+        weights, here = weights_here(model.params, model.arch, model.mesh, model.compute)
+        ready = prepared(replace(model, params=weights, mesh=here))
     records: list[Record] = []
     for length in cfg.lengths:
         samples = make_samples(cfg, model.tokenizer, length)
         found = [_described(sample) for sample in samples]
         slots = max(1, cfg.cache_tokens // length)
         if generates:
-            engine = batch_config(ready, len(samples), length, slots)
-            answered = ask(LocalGenerator(ready, engine), samples)
-            found = [a | b for a, b in zip(found, answered, strict=True)]
+            found = [a | b for a, b in zip(found, _shared(ready, samples, slots), strict=True)]
         if "forced" in cfg.measures:
             read = read_answers(model, cfg, samples, slots)
             found = [a | b for a, b in zip(found, read, strict=True)]
         records += found
     return records
+
+
+def _shared(model: Model, samples: Sequence[Sample], slots: int) -> list[Record]:
+    """`ask` of a model whose weights each process has on its own devices, and a share of the samples."""
+    local = LocalGenerator(model, batch_config(model, len(samples), samples[0].length, slots))
+    return answered(len(samples), 1, lambda mine: ask(local, [samples[i] for i in mine]))
 
 
 def ask_server(generator: Generator, tokenizer: Tokenizer, cfg: LongContextConfig) -> list[Record]:
@@ -269,9 +278,10 @@ def read_answers(
         for first in range(0, len(samples), rows):
             group = [_example(model.tokenizer, cfg, sample) for sample in samples[first : first + rows]]
             filled = [[example] for example in group] + [[]] * (rows - len(group))
-            batch = place_batch(make_batch(filled, length, model.tokenizer.pad_id), model.mesh)
+            rows_of_all = make_batch(filled, length, model.tokenizer.pad_id)
+            batch = place_batch(rows_of_all, model.mesh, shared=True)
             logp_B, likeliest_B = _read(model.params, batch, arch=model.arch, compute=model.compute)
-            scores = zip(np.asarray(logp_B), np.asarray(likeliest_B), strict=True)
+            scores = zip(to_host(logp_B), to_host(likeliest_B), strict=True)
             out += [{"logprob": float(p), "forced": float(hit)} for p, hit in scores][: len(group)]
     return out
 
@@ -345,7 +355,7 @@ def position_loss(
     out: dict[str, list[dict[str, float]]] = {}
     with use_mesh(mesh):
         for name, group in batches.items():
-            placed = (place_batch(batch, mesh) for batch in group)
+            placed = (place_batch(batch, mesh, shared=True) for batch in group)
             sums = jax.device_get([_by_position(params, b, arch=arch, compute=compute) for b in placed])
             found_2K = np.asarray(sums, np.float64).sum(axis=0)
             out[name] = [

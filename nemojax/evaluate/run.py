@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from nemojax.evaluate.tasks import (
 )
 from nemojax.generate.local import Model, Reader
 from nemojax.generate.remote import RemoteConfig, RemoteGenerator
+from nemojax.generate.shares import weights_here
 from nemojax.generate.sources import is_address
+from nemojax.hosts import on_primary
 from nemojax.model.llama import Compute, Params
 from nemojax.sharding import MeshConfig, make_mesh, use_mesh, ways_of
 from nemojax.stage import run_stage, write_text
@@ -80,7 +83,10 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     inputs = [*_artifacts(cfg).values(), *input_files((*cfg.data.sources, *cfg.data.heldout))]
     if cfg.long_context.lengths:
         inputs += long_context.inputs(cfg.long_context)
-    return run_stage("evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path), buckets=True)
+    return run_stage(
+        "evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
@@ -119,23 +125,28 @@ def _evaluate(cfg: Config, workdir: Path) -> dict[str, Any]:
     for name, artifact in cfg.models.items():
         asked = not cfg.asked or name in cfg.asked
         if is_address(artifact):
-            rows[name], records, found = _server(cfg, artifact, asked)
+            rows[name], records, found = on_primary(partial(_server, cfg, artifact, asked))
         else:
             rows[name], records, found = _one(cfg, artifact, mesh, asked)
         if records:
             answers[name] = records
-            save_records(workdir / f"tasks_{name}.jsonl", records)
             conversations += [{"model": name, **c} for c in _samples(records, cfg.conversations)]
-        if found:
-            save_records(workdir / f"long_context_{name}.jsonl", found)
-            _draw(rows[name]["long_context"], workdir, name)
-    save_records(workdir / "conversations.jsonl", conversations)
+        on_primary(partial(_write, workdir, name, rows[name], records, found))
+    on_primary(lambda: save_records(workdir / "conversations.jsonl", conversations))
     pairs = pairwise(name for name in cfg.asked or answers if name in answers)
     return {
         "models": rows,
         "commonest_answer_share": _commonest(next(iter(answers.values()), [])),
         "comparisons": [c for before, after in pairs for c in _compare(cfg, answers, before, after)],
     }
+
+
+def _write(workdir: Path, name: str, row: dict[str, Any], records: list[Record], found: list[Record]) -> None:
+    if records:
+        save_records(workdir / f"tasks_{name}.jsonl", records)
+    if found:
+        save_records(workdir / f"long_context_{name}.jsonl", found)
+        _draw(row["long_context"], workdir, name)
 
 
 def _one(
@@ -155,7 +166,11 @@ def _one(
         "heldout": heldout,
     }
     if cfg.latency.batch:
-        row["latency"] = measure(params, arch, cfg.latency, compute=cfg.compute, mesh=mesh)
+        weights, here = weights_here(params, arch, mesh, cfg.compute)
+        row["latency"] = on_primary(
+            lambda: measure(weights, arch, cfg.latency, compute=cfg.compute, mesh=here)
+        )
+        del weights
     records: list[Record] = []
     found: list[Record] = []
     if asked:
