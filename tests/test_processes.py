@@ -115,6 +115,7 @@ def get_config():
         "student": {student!r},
         "teacher": {teacher!r},
         "data": {{"length": 64, "batch_size": 16, "heldout_batches": 1}},
+        "on_policy": {{"share": {share}, "prompt_tokens": 8, "max_new_tokens": 8}},
         "fit": {{"steps": {steps}, "log_every": 1}},
     }}
 """
@@ -489,14 +490,19 @@ def test_reinforcement_learning_in_two_processes(single, tmp_path):
     assert result(alone)["before"] == result(one)["before"] and len(alone.losses()) == STEPS
 
 
-@pytest.mark.slow
-def test_a_distillation_in_two_processes_equals_one(single, tmp_path):
+@pytest.fixture(scope="module")
+def student(single, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("student") / "artifact"
     arch, _ = load_params(single.workdir)
-    student = init_params(arch, jax.random.key(7))
-    save_params(tmp_path / "student", arch, student, tokenizer_dir=single.workdir / "tokenizer")
+    params = init_params(arch, jax.random.key(7))
+    save_params(folder, arch, params, tokenizer_dir=single.workdir / "tokenizer")
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_distillation_in_two_processes_equals_one(single, student, tmp_path):
     recipe = tmp_path / "distill.py"
-    paths = {"student": str(tmp_path / "student"), "teacher": str(single.workdir)}
-    recipe.write_text(DISTILL.format(**paths, steps=STEPS))
+    recipe.write_text(DISTILL.format(student=student, teacher=str(single.workdir), share=0.0, steps=STEPS))
     one = Run("distill", tmp_path / "a" / "run", recipe, 1).finish()
     two = Run("distill", tmp_path / "b" / "run", recipe, 2).finish()
     assert two.rows() == one.rows() and len(one.rows()) == STEPS * 16
@@ -504,6 +510,20 @@ def test_a_distillation_in_two_processes_equals_one(single, tmp_path):
     for name, value in result(one).items():
         if isinstance(value, float):
             assert result(two)[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_student_samples_in_two_processes_what_it_does_in_one(single, student, tmp_path):
+    """Going on from texts that each process reads for itself, and from those that both read."""
+    recipe = tmp_path / "distill.py"
+    recipe.write_text(DISTILL.format(student=student, teacher=str(single.workdir), share=0.7, steps=6))
+    one = Run("distill", tmp_path / "a" / "run", recipe, 1).finish()
+    two = Run("distill", tmp_path / "b" / "run", recipe, 2).finish()
+    shared = Run("distill", tmp_path / "c" / "run", recipe, 2, "--config.mesh.context=8").finish()
+    assert 0.4 < one.losses("train/on_policy")[-1] < 1 and two.rows() == one.rows()
+    for many in (two, shared):
+        for name in ("train/loss", "train/on_policy"):
+            np.testing.assert_allclose(many.losses(name), one.losses(name), rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -24,10 +24,12 @@ from nemojax.data.loader import Shuffled
 from nemojax.data.packing import Batch, make_batch
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.distill.batches import View
-from nemojax.generate.completions import generate
 from nemojax.generate.sampling import SamplingConfig
+from nemojax.generate.shares import complete
+from nemojax.hosts import of_all
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import MODES, ProblemSet, ask, load_problems
+from nemojax.sharding import readers
 
 Prompt = tuple[int, ...]
 
@@ -59,9 +61,12 @@ class OnPolicy:
 class OnPolicyBatches(View):
     """A loader's batches, some of them replaced by the student's own samples in rows of the same shape.
 
+    `batch_size`: rows over all processes, of which each takes its part as the loader does; they share out the
+    sampling, and draw what one process would.
+
     The weights that `bind` gives access to are sampled from when a batch is asked for, with a key of the
     step: the state is the place in the data and three counts, and a resumed run goes on to the same numbers.
-    ValueError for prompts too long for a row, and for several processes.
+    ValueError for prompts too long for a row.
     """
 
     def __init__(
@@ -78,8 +83,6 @@ class OnPolicyBatches(View):
         seed: int = 0,
     ):
         super().__init__(loader)
-        if jax.process_count() > 1:
-            raise ValueError("on_policy: expected one process, got several; sampling does not split its work")
         self._cfg, self._arch, self._tokenizer = cfg, arch, tokenizer
         self._compute, self._mesh, self._seed = compute, mesh, seed
         self._prompts = _load_prompts(cfg, tokenizer, arch)
@@ -91,6 +94,8 @@ class OnPolicyBatches(View):
                 f"{longest} + {cfg.max_new_tokens}; raise data.length, or shorten one of them"
             )
         self._rows, self._length, self._per_row = batch_size, length, length // self._window
+        share, shares = readers(mesh)
+        self._here = slice(share, None, shares)  # of the rows
         self._order = Shuffled(0, max(len(self._prompts), 1), seed)
         self._step, self._own, self._drawn = 0, 0, 0
         self._params: Callable[[], Params] | None = None
@@ -121,7 +126,7 @@ class OnPolicyBatches(View):
 
     @property
     def rows(self) -> np.ndarray:
-        return np.full(self._rows, -1) if self._ids is not None else self.loader.rows
+        return self.loader.rows if self._ids is None else np.full(len(self._ids), -1)
 
     @property
     def ids(self) -> list[str]:
@@ -132,9 +137,12 @@ class OnPolicyBatches(View):
         return super().metrics | self._metrics
 
     def _draw(self, batch: Batch | None) -> list[list[Prompt]]:
-        """The prompts of each row: out of a list of them, or out of the row of a batch."""
+        """The prompts of every row of all processes: out of a list of them, or out of rows of texts."""
         if batch is not None:
-            return [self._beginnings(*row) for row in zip(batch["tokens"], batch["segments"], strict=True)]
+            found = [self._beginnings(*row) for row in zip(batch["tokens"], batch["segments"], strict=True)]
+            everywhere = of_all(found)  # of processes that read the same rows, once
+            shares = everywhere[:: len(everywhere) * len(found) // self._rows]
+            return [prompts for rows in zip(*shares, strict=True) for prompts in rows]
         places = range(self._drawn, self._drawn + self._rows * self._per_row)
         self._drawn = places.stop
         drawn = [self._prompts[self._order[place][1]] for place in places]
@@ -154,11 +162,12 @@ class OnPolicyBatches(View):
         return found
 
     def _sample(self, prompts: Sequence[Sequence[Prompt]]) -> Batch:
-        """Rows of prompts and what the student writes after them, which alone is learnt from."""
+        """Rows of prompts and what the student writes after them, which alone is learnt from: those of this
+        process."""
         if self._params is None:
             raise ValueError("on_policy: expected access to the weights, got none; call bind first")
         cfg, flat = self._cfg, [prompt for row in prompts for prompt in row]
-        completions = generate(
+        completions = complete(
             self._params(),
             self._arch,
             flat,
@@ -174,10 +183,10 @@ class OnPolicyBatches(View):
             "train/mean_gen_tokens_per_sample": float(np.mean(lengths)),
             "train/truncation_rate": float(np.mean([not c.finished for c in completions])),
         }
-        self._ids = [f"step {self._step}, own row {row}" for row in range(self._rows)]
+        self._ids = [f"step {self._step}, own row {row}" for row in range(self._rows)][self._here]
         examples = iter(_example(p, c.tokens) for p, c in zip(flat, completions, strict=True))
         rows = [[next(examples) for _ in row] for row in prompts]
-        return make_batch(rows, self._length, self._tokenizer.pad_id)
+        return make_batch(rows[self._here], self._length, self._tokenizer.pad_id)
 
 
 def _example(prompt: Prompt, answer: Sequence[int]) -> Example:

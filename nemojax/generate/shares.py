@@ -3,13 +3,17 @@ asked. What they find is put together in all of them. One process does as if thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import jax
 
 from nemojax.arch import ArchSpec
+from nemojax.generate.completions import Completion, generate
 from nemojax.generate.programs import cast
+from nemojax.generate.sampling import SamplingConfig
 from nemojax.hosts import of_all
 from nemojax.model.llama import Compute, Params, param_shardings, quantize, quantized_shardings
 from nemojax.sharding import MeshConfig, make_mesh
@@ -20,12 +24,13 @@ def weights_here(
 ) -> tuple[Params, jax.sharding.Mesh | None]:
     """(parameters as a whole on the devices of this process, the mesh over these).
 
-    The tensor axis stays as it is, and fsdp takes what is left within each process, which must have room
-    for all weights as they are used: in the dtype of `compute`, block matrices in e4m3 where it says fp8.
+    The tensor axis stays as it is, as far as a process has its devices, and fsdp takes what is left there.
+    Each must have room for all weights as they are used: in the dtype of `compute`, block matrices in e4m3
+    where it says fp8.
     """
     if mesh is None or jax.process_count() == 1:
         return params, mesh
-    tensor = mesh.shape["tensor"]
+    tensor = math.gcd(mesh.shape["tensor"], jax.local_device_count())
     wide = make_mesh(MeshConfig(data=jax.process_count(), tensor=tensor))
     here = make_mesh(MeshConfig(tensor=tensor), jax.local_devices())
     copied = copied_to(params, arch, wide, compute)
@@ -52,6 +57,33 @@ def copied_to(params: Params, arch: ArchSpec, mesh: jax.sharding.Mesh, compute: 
 def _places(arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute) -> Params:
     places = param_shardings(arch, mesh)
     return quantized_shardings(places) if compute.matmul == "fp8" else places
+
+
+def complete(
+    params: Params,
+    arch: ArchSpec,
+    prompts: Sequence[Sequence[int]],
+    key: jax.Array,
+    sampling: SamplingConfig,
+    eos_ids: Collection[int],
+    *,
+    group: int = 1,
+    max_batch: int = 64,
+    compute: Compute = Compute(),
+    mesh: jax.sharding.Mesh | None = None,
+) -> list[Completion]:
+    """`generate`, by all processes: a completion for each of the prompts, which all of them know. `group`
+    prompts that follow each other go to one of them."""
+    weights, here = weights_here(params, arch, mesh, compute)
+
+    def answer(mine: Sequence[int]) -> list[tuple]:
+        found = generate(
+            weights, arch, prompts, key, sampling, eos_ids,
+            max_batch=max_batch, compute=compute, mesh=here, only=mine,
+        )  # fmt: skip
+        return [astuple(completion) for completion in found]
+
+    return [Completion(*found) for found in answered(len(prompts), group, answer)]
 
 
 def answered(number: int, group: int, answer: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:

@@ -6,7 +6,7 @@ Shape letters: P prompts, G answers to each, B rows, T length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from nemojax.data.examples import Example
 from nemojax.data.packing import make_batch
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.evaluate.tasks import save_records
-from nemojax.generate.completions import Completion, generate
+from nemojax.generate.completions import Completion
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import answered, weights_here
+from nemojax.generate.shares import complete
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import Grade, Question, Thinking, grade, text_of
 from nemojax.rl.advantages import group_advantages
@@ -94,15 +94,11 @@ def roll_out(
     if generator is not None:
         completions = _ask(generator, questions, key, sampling, group)
     else:
-        weights, here = weights_here(params, arch, mesh, compute)
         prompts = [q.tokens for q in questions for _ in range(group)]
-        settings: dict[str, Any] = {"max_batch": cfg.max_batch, "compute": compute, "mesh": here}
-
-        def complete(mine: Sequence[int]) -> list[tuple]:
-            found = generate(weights, arch, prompts, key, sampling, tokenizer.eos_ids, only=mine, **settings)
-            return [astuple(completion) for completion in found]
-
-        completions = [Completion(*found) for found in answered(len(prompts), group, complete)]
+        completions = complete(
+            params, arch, prompts, key, sampling, tokenizer.eos_ids,
+            group=group, max_batch=cfg.max_batch, compute=compute, mesh=mesh,
+        )  # fmt: skip
     texts = [text_of(c.tokens, tokenizer) for c in completions]
     grades = [grade(questions[i // group], text) for i, text in enumerate(texts)]
     rewards = np.array([g.reward(cfg.format_weight) for g in grades])
