@@ -22,6 +22,7 @@ BITS = {"pred": 8, "s4": 4, "u4": 4}  # of dtypes whose name does not end in the
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
 _END = re.compile(r"^\}(, execution_thread=.*)?$")  # an attribute of several lines also ends in a brace
+_SCATTERS = "all-reduce-scatter"  # so libtpu calls a fusion of an all-reduce with a device's slice of it
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -58,9 +59,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             if times[name] and (found := _COLLECTIVE.search(line)):
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = (int(channel[1]),) if channel else (name, number)
-                groups = _groups(line)
-                moved = _moved(found[2], found[1], bool(found[3]), groups)
-                what = (*key, found[2], _axes(groups, mesh), moved)
+                groups, kind = _groups(line), found[2]
+                moved = _moved(kind, found[1], bool(found[3]), groups)
+                if kind == "all-reduce" and name.startswith(_SCATTERS):
+                    kind, moved = "reduce-scatter", moved / 2
+                what = (*key, kind, _axes(groups, mesh), moved)
                 seen[what] = max(seen[what], times[name])
     total: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for (*_, kind, axes, moved), count in seen.items():

@@ -81,6 +81,22 @@ def test_lines_of_compilers(line, expected):
     assert collectives(twice, FOUR) == [expected], "one channel is one collective"
 
 
+def test_an_all_reduce_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter():
+    """As libtpu writes it."""
+    text = """
+%all-reduce-scatter.2.clone (input: bf16[512,256]) -> bf16[256,256] {
+  %input = bf16[512,256] parameter(0)
+  %all-reduce.1 = bf16[512,256] all-reduce(%input), channel_id=7, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %mine = bf16[256,256] dynamic-slice(%all-reduce.1, %start, %zero), dynamic_slice_sizes={256,256}
+}
+
+ENTRY %main (p: bf16[512,256]) -> bf16[256,256] {
+  ROOT %fusion = bf16[256,256] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.2.clone
+}
+"""
+    assert collectives(text, FOUR) == [Collective("reduce-scatter", ("tensor",), 1, 256 * 256 * 2)]
+
+
 def test_loops_without_a_known_count_turn_as_often_as_their_condition_says():
     program = """
 %cond (p: (s32[], f32[4])) -> pred[] {
