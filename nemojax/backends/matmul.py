@@ -12,8 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from nemojax.backends import fp8, int8
 from nemojax.backends.contract import SAVED, contract, contract_filled, gradient_forms, missing_rows
 
-# Tokens of a product on a GPU, at least. With fewer it would be no matmul but a sum of products, rounded one
-# by one, for which XLA writes both operands down anew, the weights of the head in f32.
+# Tokens of a product on a GPU or TPU, at least. With fewer it would be no matmul but a sum of products: on GPUs
+# rounded one by one, both operands being written down anew, the weights of the head in f32; on TPUs on their
+# vector units, which take longer over it than the weights take to arrive.
 MIN_ROWS = 8
 
 Kind = Literal["default", "fp8", "int8"]
@@ -54,7 +55,7 @@ def _matmul(x: jax.Array, w: jax.Array, subscripts: str, out_dtype: Any) -> jax.
     plain = functools.partial(contract, subscripts, out_dtype=out_dtype)
     if more := missing_rows(MIN_ROWS, subscripts, x):
         filled = functools.partial(contract_filled, more, subscripts, out_dtype=out_dtype)
-        return jax.lax.platform_dependent(x, w, cuda=filled, default=plain)
+        return jax.lax.platform_dependent(x, w, cuda=filled, tpu=filled, default=plain)
     return plain(x, w)
 
 

@@ -22,7 +22,16 @@ from nemojax.backends.contract import exact
 from nemojax.backends.kernels import Asked, Kernel, attention_kernel
 from nemojax.backends.rows import Rows
 from nemojax.model import rope
-from nemojax.model.blockwise import ACCELERATOR, CPU, Places, Tiles, attend_blockwise, block_size
+from nemojax.model.blockwise import (
+    ACCELERATOR,
+    CPU,
+    MASKED,
+    NOTHING,
+    Places,
+    Tiles,
+    attend_blockwise,
+    block_size,
+)
 from nemojax.model.cache import View
 from nemojax.sharding import platform, spec_of, ways_of
 
@@ -254,28 +263,82 @@ def attend_read(
     """Attention of new tokens over what was read of a cache; returns [B, T, N, H].
 
     Written out as two batched products in the cache's own order of dimensions: an einsum would turn the
-    scores round, which costs more than they do when there is one query a row.
+    scores round, which costs more than they do when there is one query a row. Several queries over many keys
+    meet these in blocks.
     """
     b, t, n, h = q_BTNH.shape
-    k_heads, length = k_BKSH.shape[1:3]
-    keys_S = jnp.arange(length)
-    query_BT1 = ctx.positions_BT[:, :, None]
-    mask_BTS = keys_S[None, None, :] <= query_BT1
-    if spec.window is not None:
-        mask_BTS &= query_BT1 - keys_S[None, None, :] < spec.window
-    q_BKTGH = (q_BTNH * (h**-0.5)).reshape(b, t, k_heads, n // k_heads, h).swapaxes(1, 2)
-    q_BKQH = q_BKTGH.reshape(b, k_heads, -1, h)  # Q = T x G queries of a KV head
-    rows = ((0, 1), (0, 1))
-    how = exact(q_BKQH, k_BKSH)
-    scores_BKQS = jax.lax.dot_general(
-        q_BKQH, k_BKSH, (((3,), (3,)), rows), precision=how, preferred_element_type=jnp.float32
-    )
-    scores_BKTGS = scores_BKQS.reshape(b, k_heads, t, n // k_heads, length)
-    scores_BKTGS = jnp.where(mask_BTS[:, None, :, None], scores_BKTGS, jnp.finfo(jnp.float32).min)
-    weights_BKTGS = jax.nn.softmax(scores_BKTGS, axis=-1).astype(v_BKSH.dtype)
-    weights_BKQS = weights_BKTGS.reshape(b, k_heads, -1, length)
-    out_BKQH = jax.lax.dot_general(weights_BKQS, v_BKSH, (((3,), (2,)), rows), precision=how)
-    return out_BKQH.reshape(b, k_heads, t, n // k_heads, h).swapaxes(1, 2).reshape(b, t, n, h)
+    heads, length = k_BKSH.shape[1:3]
+    q_BKGTH = (q_BTNH * (h**-0.5)).reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
+    q_BKQH = q_BKGTH.reshape(b, heads, -1, h)  # Q = G x T queries of a KV head
+    positions_BQ = jnp.tile(ctx.positions_BT, (1, n // heads))
+    many = t > 1 and length > tiles().long and platform() != "cpu"
+    attend = functools.partial(_read_in_blocks, block=tiles().block) if many else _read_at_once
+    out_BKQH = attend(q_BKQH, k_BKSH, v_BKSH, positions_BQ, spec.window)
+    out_BKGTH = out_BKQH.reshape(b, heads, n // heads, t, h)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _read_at_once(
+    q_BKQH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BQ: jax.Array, window: int | None
+) -> jax.Array:
+    scores_BKQS = _scores(q_BKQH, k_BKSH, positions_BQ, jnp.arange(k_BKSH.shape[2]), window)
+    weights_BKQS = jax.nn.softmax(scores_BKQS, axis=-1).astype(v_BKSH.dtype)
+    return _per_head(weights_BKQS, v_BKSH, 2, v_BKSH.dtype)
+
+
+def _read_in_blocks(
+    q_BKQH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    positions_BQ: jax.Array,
+    window: int | None,
+    *,
+    block: int,
+) -> jax.Array:
+    """With a softmax that is carried along (arXiv:2205.14135, section 3.1): scores of one block of keys exist
+    at a time, from the first that a query sees to the last."""
+    length = k_BKSH.shape[2]
+    inside_BQ = positions_BQ < length
+    first, last = 0, jnp.max(jnp.where(inside_BQ, positions_BQ, 0)) // block
+    if window is not None:
+        nearest = jnp.min(jnp.where(inside_BQ, positions_BQ, length))
+        first = jnp.maximum(nearest - window + 1, 0) // block
+
+    def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top_BKQ, total_BKQ, sum_BKQH = carry
+        start = jnp.minimum(i * block, length - block)  # the last block may reach back into the one before
+        k_BKsH, v_BKsH = (jax.lax.dynamic_slice_in_dim(x, start, block, 2) for x in (k_BKSH, v_BKSH))
+        keys_s = start + jnp.arange(block)
+        keys_s = jnp.where(keys_s >= i * block, keys_s, jnp.iinfo(jnp.int32).max)
+        scores_BKQs = _scores(q_BKQH, k_BKsH, positions_BQ, keys_s, window)
+        new_BKQ = jnp.maximum(top_BKQ, jnp.max(scores_BKQs, axis=-1))
+        weights_BKQs = jnp.exp(scores_BKQs - new_BKQ[..., None])
+        shrink_BKQ = jnp.exp(top_BKQ - new_BKQ)
+        values_BKQH = _per_head(weights_BKQs.astype(v_BKsH.dtype), v_BKsH, 2, jnp.float32)
+        total_BKQ = total_BKQ * shrink_BKQ + jnp.sum(weights_BKQs, axis=-1)
+        return new_BKQ, total_BKQ, sum_BKQH * shrink_BKQ[..., None] + values_BKQH
+
+    shape = q_BKQH.shape[:3]
+    start = (jnp.full(shape, NOTHING), jnp.zeros(shape), jnp.zeros(q_BKQH.shape, jnp.float32))
+    _, total_BKQ, sum_BKQH = jax.lax.fori_loop(first, last + 1, body, start)
+    return (sum_BKQH / jnp.where(total_BKQ > 0, total_BKQ, 1.0)[..., None]).astype(v_BKSH.dtype)
+
+
+def _scores(
+    q_BKQH: jax.Array, k_BKSH: jax.Array, positions_BQ: jax.Array, keys_S: jax.Array, window: int | None
+) -> jax.Array:
+    """Scores in f32 of queries at positions with keys at theirs, [B, K, Q, S]."""
+    back_BQS = positions_BQ[:, :, None] - keys_S
+    mask_BQS = back_BQS >= 0
+    if window is not None:
+        mask_BQS &= back_BQS < window
+    return jnp.where(mask_BQS[:, None], _per_head(q_BKQH, k_BKSH, 3, jnp.float32), MASKED)
+
+
+def _per_head(a_BKQx: jax.Array, b_BKSx: jax.Array, axis: int, out_dtype: Any) -> jax.Array:
+    """Products of every row's KV heads, summed over the last axis of the one and `axis` of the other."""
+    dims, how = (((3,), (axis,)), ((0, 1), (0, 1))), exact(a_BKQx, b_BKSx)
+    return jax.lax.dot_general(a_BKQx, b_BKSx, dims, precision=how, preferred_element_type=out_dtype)
 
 
 def masked_attention(
