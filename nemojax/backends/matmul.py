@@ -12,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from nemojax.backends import fp8, int8
 from nemojax.backends.contract import SAVED, contract, contract_filled, gradient_forms, missing_rows
 
-# Tokens of a product on a GPU or TPU, at least. With fewer it would be no matmul but a sum of products: on GPUs
-# rounded one by one, both operands being written down anew, the weights of the head in f32; on TPUs on their
-# vector units, which take longer over it than the weights take to arrive.
+# Tokens of a product on a GPU or TPU, at least. With fewer it would be no matmul but a sum of products: on
+# GPUs rounded one by one, both operands being written down anew, the weights of the head in f32; on TPUs on
+# their vector units, which take longer over it than the weights take to arrive.
 MIN_ROWS = 8
 
 Kind = Literal["default", "fp8", "int8"]

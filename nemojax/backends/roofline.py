@@ -75,14 +75,15 @@ def sub_load(
 def scores_load(
     arch: ArchSpec, attn: Attention, *, batch: float, tokens: float, cached: float = 0, act_bytes: float = 2
 ) -> Load:
-    """What an attention kernel does: queries times keys and, of what does not leave the chip, times values.
+    """What an attention kernel does: queries times keys, and weights times values; scores stay on the chip.
 
     A query sees what is cached and, causally, half of the new tokens and itself.
     """
     rows, heads, kv = batch * tokens, arch.num_heads * arch.head_dim, attn.num_kv_heads * arch.head_dim
     seen = cached + (tokens + 1) / 2
     seen = min(seen, attn.window) if attn.window else seen
-    moved = 2 * rows * heads + 2 * batch * (tokens + cached) * kv
+    keys = tokens + (min(cached, attn.window) if attn.window else cached)
+    moved = 2 * rows * heads + 2 * batch * keys * kv
     return Load(4 * rows * heads * seen, moved * act_bytes)
 
 

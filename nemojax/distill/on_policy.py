@@ -25,7 +25,7 @@ from nemojax.data.packing import Batch, make_batch
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.distill.batches import View
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import complete
+from nemojax.generate.shares import generate_together
 from nemojax.hosts import of_all
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import MODES, ProblemSet, ask, load_problems
@@ -167,7 +167,7 @@ class OnPolicyBatches(View):
         if self._params is None:
             raise ValueError("on_policy: expected access to the weights, got none; call bind first")
         cfg, flat = self._cfg, [prompt for row in prompts for prompt in row]
-        completions = complete(
+        completions = generate_together(
             self._params(),
             self._arch,
             flat,

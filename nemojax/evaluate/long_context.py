@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from nemojax.evaluate.haystack import PLACED, Draft, HaystackConfig, Pieces, Tas
 from nemojax.generate.local import LocalGenerator, Model, batch_config, prepared
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import answered, weights_here
+from nemojax.generate.shares import answered
 from nemojax.losses.tokens import logits_of, over_chunks, token_logps
 from nemojax.model.llama import Compute, Params, final_norm, head_weight, hidden
 from nemojax.sharding import place_batch, use_mesh, ways_of
@@ -213,21 +213,20 @@ def is_exact(expected: str, text: str) -> bool:
     return first is not None and first[0].lower() == expected.lower()
 
 
-def ask_all(model: Model, cfg: LongContextConfig) -> list[Record]:
+def ask_all(model: Model, cfg: LongContextConfig, ready: Model | None = None) -> list[Record]:
     """All measures of a model, in one process or several, a record for each question: what it is (as of
-    `ask_server`), and `ask`'s results or {"logprob", "forced"} or both. ValueError for a length above the
-    context."""
+    `ask_server`), and `ask`'s results or {"logprob", "forced"} or both. `ready`: the same model as `prepared`
+    has it, where that is at hand. ValueError for a length above the context."""
     check_lengths(cfg, model.arch, str(model.tokenizer.path))
-    generates, ready = "generate" in cfg.measures, model
-    if generates:
-        weights, here = weights_here(model.params, model.arch, model.mesh, model.compute)
-        ready = prepared(replace(model, params=weights, mesh=here))
+    generates = "generate" in cfg.measures
+    ready = prepared(model) if generates and ready is None else ready
     records: list[Record] = []
     for length in cfg.lengths:
         samples = make_samples(cfg, model.tokenizer, length)
         found = [_described(sample) for sample in samples]
         slots = max(1, cfg.cache_tokens // length)
         if generates:
+            assert ready is not None
             found = [a | b for a, b in zip(found, _shared(ready, samples, slots), strict=True)]
         if "forced" in cfg.measures:
             read = read_answers(model, cfg, samples, slots)
@@ -356,8 +355,8 @@ def position_loss(
     with use_mesh(mesh):
         for name, group in batches.items():
             placed = (place_batch(batch, mesh, shared=True) for batch in group)
-            sums = jax.device_get([_by_position(params, b, arch=arch, compute=compute) for b in placed])
-            found_2K = np.asarray(sums, np.float64).sum(axis=0)
+            sums = [_by_position(params, b, arch=arch, compute=compute) for b in placed]
+            found_2K = np.asarray(jax.tree.map(to_host, sums), np.float64).sum(axis=0)
             out[name] = [
                 {"from": 2**k // 2 + 1, "to": 2**k, "loss": float(loss / weight), "tokens": float(weight)}
                 for k, (loss, weight) in enumerate(found_2K.T)

@@ -33,9 +33,8 @@ from nemojax.evaluate.tasks import (
     save_records,
     summarise,
 )
-from nemojax.generate.local import Model, Reader
+from nemojax.generate.local import Model, Reader, prepared
 from nemojax.generate.remote import RemoteConfig, RemoteGenerator
-from nemojax.generate.shares import weights_here
 from nemojax.generate.sources import is_address
 from nemojax.hosts import on_primary
 from nemojax.model.llama import Compute, Params
@@ -56,7 +55,9 @@ class Config:
     long_context: LongContextConfig = field(
         LongContextConfig(), "questions about long texts, and loss by position in rows of the greatest length"
     )
-    latency: LatencyConfig = field(LatencyConfig(), "stopwatch")
+    latency: LatencyConfig = field(
+        LatencyConfig(), "stopwatch; of several processes the first one's, with its own devices"
+    )
     conversations: int = field(4, "sample conversations a model, family and setting of the toggle")
     compute: Compute = field(Compute(), "precision")
     mesh: MeshConfig = field(MeshConfig(), "devices")
@@ -116,7 +117,7 @@ def _artifacts(cfg: Config) -> dict[str, str]:
 
 
 def _evaluate(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, rows="shared")
     if cfg.long_context.lengths:
         _check_long_context(cfg)
     rows: dict[str, Any] = {}
@@ -165,22 +166,21 @@ def _one(
         "kv_elements_per_token": arch.kv_elements_per_token(),
         "heldout": heldout,
     }
-    if cfg.latency.batch:
-        weights, here = weights_here(params, arch, mesh, cfg.compute)
-        row["latency"] = on_primary(
-            lambda: measure(weights, arch, cfg.latency, compute=cfg.compute, mesh=here)
-        )
-        del weights
-    records: list[Record] = []
-    found: list[Record] = []
-    if asked:
-        records = ask_all(params, arch, tokenizer, cfg.tasks, compute=cfg.compute, mesh=mesh)
-        row["tasks"] = summarise(records)
     if cfg.long_context.lengths:
         row["by_position"] = _by_position(cfg, params, arch, tokenizer, mesh)
+    records: list[Record] = []
+    found: list[Record] = []
+    model = Model(arch, tokenizer, params, cfg.compute, mesh)
+    ready = prepared(model) if asked or cfg.latency.batch else model
+    if cfg.latency.batch:
+        row["latency"] = on_primary(
+            lambda: measure(ready.params, arch, cfg.latency, compute=cfg.compute, mesh=ready.mesh)
+        )
+    if asked:
+        records = ask_all(ready, cfg.tasks)
+        row["tasks"] = summarise(records)
     if cfg.long_context.lengths and asked:
-        model = Model(arch, tokenizer, params, cfg.compute, mesh)
-        found = long_context.ask_all(model, cfg.long_context)
+        found = long_context.ask_all(model, cfg.long_context, ready)
         row["long_context"] = long_context.summarise(found)
     return row, records, found
 

@@ -13,19 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from nemojax.arch import ArchSpec
 from nemojax.buckets import place, write_text
 from nemojax.config import field
 from nemojax.data import problems
-from nemojax.data.tokenizer import Tokenizer
 from nemojax.generate.local import LocalGenerator, Model, batch_config, encode_request, prepared
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import answered, weights_here
-from nemojax.model.llama import Compute, Params
+from nemojax.generate.shares import answered
 from nemojax.rewards.problems import MODES, ProblemSet, Question, Thinking, grade, load_problems
 
 Record = dict[str, Any]
@@ -50,18 +46,9 @@ class TasksConfig:
         return SamplingConfig(temperature, 0, top_p, self.max_new_tokens)
 
 
-def ask_all(
-    params: Params,
-    arch: ArchSpec,
-    tokenizer: Tokenizer,
-    cfg: TasksConfig,
-    *,
-    compute: Compute = Compute(),
-    mesh: jax.sharding.Mesh | None = None,
-) -> list[Record]:
+def ask_all(model: Model, cfg: TasksConfig) -> list[Record]:
     """`ask` of a model here, in one process or several. ValueError for a prompt that fills the context."""
-    params, mesh = weights_here(params, arch, mesh, compute)
-    model = prepared(Model(arch, tokenizer, params, compute, mesh))
+    model = prepared(model)
     requests = [request for _, request in _make_requests(cfg)]
     room = max(len(encode_request(model, request)) for request in requests) + cfg.max_new_tokens
     engine = batch_config(model, len(requests) * cfg.samples, room, cfg.max_batch)

@@ -23,6 +23,7 @@ from nemojax.generate.completions import BATCH
 from nemojax.generate.engine import Engine, EngineConfig
 from nemojax.generate.jobs import Constraint, Event, Job, job_key
 from nemojax.generate.protocol import Answer, FinishReason, Request, ToolCall
+from nemojax.generate.shares import weights_here
 from nemojax.generate.text import ReasoningStream, TextStream, ToolStream, thinking_budget, token_text
 from nemojax.model.llama import Compute, Params
 from nemojax.sharding import use_mesh
@@ -157,15 +158,18 @@ def _compile(tokenizer: Tokenizer, grammar: str, vocab_size: int) -> Callable[[]
 
 
 def prepared(model: Model) -> Model:
-    """The weights as engines use them, so that a second engine does not make them again."""
-    with use_mesh(model.mesh):
-        params, _ = programs.prepare(model.params, model.compute, model.mesh)
-    return dataclasses.replace(model, params=params)
+    """The weights as engines use them, so that a second engine does not make them again; of several processes
+    each has them all on its own devices (`weights_here`)."""
+    weights, mesh = weights_here(model.params, model.arch, model.mesh, model.compute)
+    with use_mesh(mesh):
+        params, _ = programs.prepare(weights, model.compute, mesh)
+    return dataclasses.replace(model, params=params, mesh=mesh)
 
 
 def batch_config(model: Reader, num_samples: int, room: int, max_batch: int) -> EngineConfig:
-    """An engine for samples that are known beforehand, the longest with its prompt of `room` tokens."""
-    slots = min(max_batch, _round_up(num_samples, 8))
+    """An engine for this process's share of samples that are known beforehand, the longest with its prompt of
+    `room` tokens."""
+    slots = min(max_batch, _round_up(-(-num_samples // jax.process_count()), 8))
     return dataclasses.replace(BATCH, slots=slots, context=min(_round_up(room, 16), model.arch.context))
 
 

@@ -3,6 +3,7 @@ asked. What they find is put together in all of them. One process does as if thi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple
@@ -28,7 +29,7 @@ def weights_here(
     Each must have room for all weights as they are used: in the dtype of `compute`, block matrices in e4m3
     where it says fp8.
     """
-    if mesh is None or jax.process_count() == 1:
+    if mesh is None or not mesh.is_multi_process:
         return params, mesh
     tensor = math.gcd(mesh.shape["tensor"], jax.local_device_count())
     wide = make_mesh(MeshConfig(data=jax.process_count(), tensor=tensor))
@@ -44,14 +45,23 @@ def weights_here(
 
 def copied_to(params: Params, arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute) -> Params:
     """Parameters as they are used, over `mesh`."""
-    fp8, trained = compute.matmul == "fp8", jax.tree.map(lambda w: w.sharding, params)
+    weights, tree = jax.tree.flatten(params)
+    return _copy(arch, mesh, compute, tree, tuple(w.sharding for w in weights))(params)
+
+
+@functools.lru_cache(maxsize=8)
+def _copy(
+    arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute, tree: Any, places: tuple[Any, ...]
+) -> Callable[[Params], Params]:
+    """The program that copies weights which lie in these places: one for all rollouts of a run."""
+    fp8, trained = compute.matmul == "fp8", jax.tree.unflatten(tree, places)
     before = quantized_shardings(trained) if fp8 else trained
 
     def as_used(tree: Params) -> Params:
         # narrow where they are, and then sent
         return jax.lax.with_sharding_constraint(cast(quantize(tree) if fp8 else tree, compute), before)
 
-    return jax.jit(as_used, out_shardings=_places(arch, mesh, compute))(params)
+    return jax.jit(as_used, out_shardings=_places(arch, mesh, compute))
 
 
 def _places(arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute) -> Params:
@@ -59,7 +69,7 @@ def _places(arch: ArchSpec, mesh: jax.sharding.Mesh, compute: Compute) -> Params
     return quantized_shardings(places) if compute.matmul == "fp8" else places
 
 
-def complete(
+def generate_together(
     params: Params,
     arch: ArchSpec,
     prompts: Sequence[Sequence[int]],

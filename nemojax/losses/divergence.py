@@ -113,8 +113,7 @@ def vocab_loss(
             rows["cached"] = _first(teacher, how.top_k)
         else:
             rows["teachers"], matrices = tuple(t.x_BTD for t in teacher), tuple(t.w_VD for t in teacher)
-    plan = _plan(student.w_VD.shape[0], matrices, how, shares, chunk, names)
-    plan = plan._replace(policy=policy and policy.cfg)
+    plan = _plan(student.w_VD.shape[0], matrices, how, shares, chunk, names, policy and policy.cfg)
     return _loss(plan, student.x_BTD, student.w_VD, rows, matrices, coefs)
 
 
@@ -153,7 +152,7 @@ class _Plan(NamedTuple):
     num_ids: int  # the student's vocabulary
     compared: int  # ids that are compared, the first ones
     num_rows: int  # rows of the matrices as they are computed with: the vocabulary, so that devices divide it
-    policy: PolicyLossConfig | None = None
+    policy: PolicyLossConfig | None
 
 
 def _plan(
@@ -163,6 +162,7 @@ def _plan(
     shares: Sequence[float],
     chunk: int,
     names: tuple[str, ...],
+    policy: PolicyLossConfig | None = None,
 ) -> _Plan:
     for size in (w.shape[0] for w in matrices):
         if how.shared > min(size, num_ids):
@@ -187,6 +187,7 @@ def _plan(
         num_ids,
         compared,
         -(-num_ids // ways) * ways,
+        policy,
     )
 
 
@@ -317,7 +318,8 @@ def _values(plan: _Plan, axes: Axes, logits_BCV: jax.Array, against: Any, rows: 
         lse_BC = axes.logsumexp(all_BCV)
         values |= {"z": lse_BC**2} if "z" in plan.terms else {}
         values |= {"lm": lse_BC - axes.pick(all_BCV, rows["targets"])} if "lm" in plan.terms else {}
-    if plan.policy is not None:
+    if "policy" in plan.terms:
+        assert plan.policy is not None
         scaled_BCV = axes.only(plan.num_ids, logits_BCV / how.temperature)
         logps_BC = axes.pick(scaled_BCV, rows["targets"]) - axes.logsumexp(scaled_BCV)
         inputs = rows["policy"] | {"weights": rows["weights"]}

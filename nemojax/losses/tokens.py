@@ -76,16 +76,6 @@ def token_logps(
     return over_chunks(one, chunk, x_BTD, targets_BT)
 
 
-def entropy(x_BTD: jax.Array, w_VD: jax.Array, *, chunk: int = 0) -> jax.Array:
-    """Entropy of the next-token distribution in nats, [B, T] f32."""
-
-    def one(x_BCD: jax.Array) -> jax.Array:
-        logp_BCV = jax.nn.log_softmax(logits_of(x_BCD, w_VD))
-        return -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
-
-    return over_chunks(one, chunk, x_BTD)
-
-
 def kl_divergence(
     student_BTD: jax.Array,
     student_w_VD: jax.Array,

@@ -34,6 +34,7 @@ from nemojax.evaluate.tasks import (
     save_records,
     summarise,
 )
+from nemojax.generate.local import Model
 from nemojax.hosts import is_primary, on_primary
 from nemojax.losses.policy import PolicyLossConfig
 from nemojax.model.llama import Compute, Params
@@ -90,7 +91,7 @@ def _train(cfg: Config, workdir: Path) -> dict[str, Any]:
     start_artifact(workdir, arch, tokenizer.path)  # nothing is written before the problems are known to fit
 
     def validate(weights: Params) -> list[Record]:
-        return ask_all(weights, arch, tokenizer, cfg.validation, compute=cfg.compute, mesh=mesh)
+        return ask_all(Model(arch, tokenizer, weights, cfg.compute, mesh), cfg.validation)
 
     before = _kept(workdir / "validation_start.jsonl", lambda: validate(params))
     params = fit(

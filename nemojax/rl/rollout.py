@@ -22,7 +22,7 @@ from nemojax.evaluate.tasks import save_records
 from nemojax.generate.completions import Completion
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import complete
+from nemojax.generate.shares import generate_together
 from nemojax.model.llama import Compute, Params
 from nemojax.rewards.problems import Grade, Question, Thinking, grade, text_of
 from nemojax.rl.advantages import group_advantages
@@ -95,7 +95,7 @@ def roll_out(
         completions = _ask(generator, questions, key, sampling, group)
     else:
         prompts = [q.tokens for q in questions for _ in range(group)]
-        completions = complete(
+        completions = generate_together(
             params, arch, prompts, key, sampling, tokenizer.eos_ids,
             group=group, max_batch=cfg.max_batch, compute=compute, mesh=mesh,
         )  # fmt: skip

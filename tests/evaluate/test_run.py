@@ -16,6 +16,7 @@ from nemojax.data.mixture import heldout_batches
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
 from nemojax.evaluate import run as stage
 from nemojax.evaluate.tasks import ask_all, load_records, paired_bootstrap, per_prompt, summarise
+from nemojax.generate.local import Model
 from nemojax.model import llama
 from nemojax.sharding import make_mesh
 
@@ -99,7 +100,7 @@ def test_answers_and_comparisons(cfg, result, workdir):
     mesh = make_mesh(cfg.mesh)
     arch, params = stage.load_model(cfg.models["second"], mesh)
     tokenizer = load_tokenizer(cfg.models["second"])
-    assert records["second"] == ask_all(params, arch, tokenizer, cfg.tasks, mesh=mesh)
+    assert records["second"] == ask_all(Model(arch, tokenizer, params, mesh=mesh), cfg.tasks)
     for name, asked in records.items():
         assert len(asked) == 12 and all(len(r["accuracy"]) == len(r["text"]) == 2 for r in asked)
         assert result["models"][name]["tasks"] == summarise(asked)

@@ -136,7 +136,7 @@ def test_a_refusal_is_told(remote, request_, message):
 def test_problems_are_asked_of_either(artifact, local, remote):
     cfg = TasksConfig(ProblemSet(("sum2",), 6), samples=2, max_new_tokens=8, max_batch=8, seed=3)
     model = local.model
-    records = ask_all(model.params, model.arch, model.tokenizer, cfg)
+    records = ask_all(model, cfg)
     assert records == ask(local, cfg)
     theirs = ask(remote, cfg)
     for record in (*records, *theirs):
