@@ -31,7 +31,7 @@ from nemojax.stage import locked
 from tests.compress.mixed import MIXED, change, mixed_parent
 from tests.compress.tiny import batches
 from tests.environment import QUICK_COMPILATION
-from tests.test_processes import free_address
+from tests.processes.run import free_address
 
 STEPS = 6
 BLD = Bld(steps=STEPS, optim=OptimConfig(lr=3e-3, weight_decay=0.0))

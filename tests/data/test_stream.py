@@ -273,7 +273,7 @@ Path(out, f"{index}.json").write_text(json.dumps([state, whole.rows.tolist()]))
 
 @pytest.mark.slow
 def test_two_processes_keep_one_state(tokenizer, folder, tmp_path):
-    from tests.test_processes import free_address
+    from tests.processes.run import free_address
 
     address = free_address()
     arguments = [address, str(folder / "jsonl"), str(tokenizer.path), str(tmp_path)]

@@ -1,4 +1,4 @@
-"""What several processes that answer together have, as far as one can tell (see tests/test_processes.py)."""
+"""What several processes that answer together have, as far as one can tell (see tests/processes)."""
 
 import jax
 import numpy as np
