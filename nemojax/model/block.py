@@ -22,7 +22,7 @@ from nemojax.backends.matmul import Kind, matmul
 from nemojax.model.attention import Context, attend_cached, attend_packed
 from nemojax.model.cache import View
 from nemojax.model.rope import rotate
-from nemojax.sharding import constrain
+from nemojax.sharding import constrain, gradient_split
 
 # One line a weight: the logical axes of its dimensions, and which of them are summed over (fan-in).
 AXES: dict[str, tuple[tuple[str | None, ...], tuple[int, ...]]] = {
@@ -73,6 +73,10 @@ class SubBlock(nnx.Module):
 
     def times(self, subscripts: str, x: jax.Array, name: str, kind: Kind) -> jax.Array:
         """The product of activations with the weight called `name`."""
+        if kind == "fp8" and subscripts.startswith("BTD"):
+            # each product of an input has scales of its own, behind which XLA does not see where its gradient
+            # goes; others it adds up first
+            x = gradient_split(x)
         return matmul(subscripts, x, getattr(self, name).get_value(), kind=kind)
 
 

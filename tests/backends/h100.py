@@ -37,6 +37,12 @@ def gathered(text: str) -> list[str]:
     return found
 
 
+def summed(text: str) -> list[str]:
+    """The arrays of three dimensions, as activations are, that all-reduces sum up for every device."""
+    results = re.findall(r"%all-reduce[\w.-]* = (.+?) all-reduce(?:-start)?\(", text)
+    return [array for result in results for array in re.findall(r"[a-z]\w*\[\d+,\d+,\d+\]", result)]
+
+
 def layers_that_stand_alone() -> dict[str, float]:
     """Temporaries of a training step whose layers all differ, as it is and with backward passes left free."""
     from unittest import mock
@@ -186,7 +192,10 @@ def main() -> None:
     with jax.set_mesh(mesh):
         programs_of["one token"] = jax.jit(llama.embed).lower(table, token).compile().as_text()
 
-    report = {name: {"calls": calls(text), "gathered": gathered(text)} for name, text in programs_of.items()}
+    report = {
+        name: {"calls": calls(text), "gathered": gathered(text), "summed": summed(text)}
+        for name, text in programs_of.items()
+    }
     memory: Any = decode.memory_analysis()
     for name, tree in {"weights": kept, "cache": cache}.items():
         report["decode"][name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
