@@ -263,15 +263,15 @@ def attend_read(
     """Attention of new tokens over what was read of a cache; returns [B, T, N, H].
 
     Written out as two batched products in the cache's own order of dimensions: an einsum would turn the
-    scores round, which costs more than they do when there is one query a row. Several queries over many keys
-    meet these in blocks.
+    scores round, which costs more than they do when there is one query a row. Many queries meet many keys in
+    blocks of these.
     """
     b, t, n, h = q_BTNH.shape
     heads, length = k_BKSH.shape[1:3]
     q_BKGTH = (q_BTNH * (h**-0.5)).reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
     q_BKQH = q_BKGTH.reshape(b, heads, -1, h)  # Q = G x T queries of a KV head
     positions_BQ = jnp.tile(ctx.positions_BT, (1, n // heads))
-    many = t > 1 and length > tiles().long and platform() != "cpu"
+    many = t >= SPLIT_LENGTH and length > tiles().long and platform() != "cpu"
     attend = functools.partial(_read_in_blocks, block=tiles().block) if many else _read_at_once
     out_BKQH = attend(q_BKQH, k_BKSH, v_BKSH, positions_BQ, spec.window)
     out_BKGTH = out_BKQH.reshape(b, heads, n // heads, t, h)

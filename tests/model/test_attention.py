@@ -57,6 +57,7 @@ def test_a_cache_read_in_blocks_is_a_cache_read_at_once(monkeypatch, length, win
     ctx, spec = make_context(arch, positions_BT), Attention(2, window)
     expected = attend_read(q_BTNH, k_BKSH, jnp.nan_to_num(v_BKSH), ctx, spec)
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "SPLIT_LENGTH", 4)
     monkeypatch.setattr(attention, "tiles", lambda: Tiles(block=16, long=32))
     found = attend_read(q_BTNH, k_BKSH, v_BKSH, ctx, spec)
     here = np.asarray(positions_BT) < length
