@@ -333,7 +333,10 @@ def test_on_a_mesh_it_equals_one_device(params, ranks, whole, tmp_path):
     """Eight devices, in windows too: rows over four of them, heads and channels over two."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(params, param_shardings(MIXED, mesh))
-    check_close(build(placed, ranks, tmp_path, dataclasses.replace(BLD, window=3), mesh=mesh), whole)
+    built = build(placed, ranks, tmp_path, dataclasses.replace(BLD, window=3), mesh=mesh)
+    # Adam divides by the size of a gradient, so where that is small the order of a sum shows: it depends on
+    # the kind of CPU, and comes to a hundredth of a step at most
+    check_close(built, whole, atol=BLD.optim.lr / 100)
     kind = KINDS[1]
     stack = place_stack(MIXED, kind, init_kind(placed, MIXED, kind, ranks), mesh)
     assert stack["ffn"]["up"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
