@@ -22,7 +22,7 @@ from nemojax.arch import ArchSpec, Attention, BlockSpec, Linear, NoOp, SwiGLU
 from nemojax.backends import tpu
 from nemojax.generate import programs
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.model import attention, llama
+from nemojax.model import llama
 from nemojax.model.cache import init_cache
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, use_mesh
@@ -182,16 +182,13 @@ def kernels_of(compiled: Any) -> list[str]:
     return sorted(name[0] for line in calls if (name := re.findall(r"splash_mha_(\w+?)_segmented", line)))
 
 
-def test_long_rows_take_splash_attention(chips, monkeypatch):
-    """Forward once, which rematerialisation keeps, and backward; in less memory than loops over blocks."""
-    one = make_mesh(MeshConfig(), chips[:1])
-    splash = long_step(one)
+def test_long_rows_take_splash_attention(chips):
+    """Forward once, which rematerialisation keeps, and backward; all in less memory than the scores of a layer
+    would take."""
+    splash = long_step(make_mesh(MeshConfig(), chips[:1]))
     assert kernels_of(splash) == ["dkv", "dq", "fwd"]
-    monkeypatch.setattr(attention, "attention_kernel", lambda *_, **__: "blockwise")
-    blockwise = long_step(one)
-    assert not kernels_of(blockwise)
-    needed = [p.memory_analysis().temp_size_in_bytes for p in (splash, blockwise)]
-    assert needed[0] < needed[1], needed
+    memory: Any = splash.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * ARCH.num_heads * 2048**2 * 4
 
 
 def test_splash_attention_where_rows_and_heads_are_split(mesh):
