@@ -183,7 +183,7 @@ def kernels_of(compiled: Any) -> list[str]:
 
 
 def test_long_rows_take_splash_attention(chips):
-    """Forward once, which rematerialisation keeps, and backward; in less memory than the scores of a layer."""
+    """Forward once, which rematerialisation keeps, and backward; in less memory than a layer's scores."""
     splash = long_step(make_mesh(MeshConfig(), chips[:1]))
     assert kernels_of(splash) == ["dkv", "dq", "fwd"]
     memory: Any = splash.memory_analysis()
