@@ -71,7 +71,8 @@ def compiled_prices(chip_name: str, dtype: str) -> Prices:
     def outer_ms(arch: ArchSpec, step: Step) -> float:
         return _estimate(topology, outer_call(arch, step, dtype), "embedding and head")
 
-    return Prices(sub_ms, outer_ms, f"estimated by the compiler for {chip_name}, {dtype}, halves added")
+    source = f"estimated by the compiler for {chip_name}, attention kernels by its roofline"
+    return Prices(sub_ms, outer_ms, f"{source}, {dtype}, halves added")
 
 
 def _estimate(topology: Topology, call: Call, what: str, by_hand: float = 0.0) -> float:

@@ -6,6 +6,7 @@ A process of its own, because plugin and compiler flags are read when jax starts
 """
 
 import json
+import math
 import re
 from typing import Any
 
@@ -37,10 +38,11 @@ def gathered(text: str) -> list[str]:
     return found
 
 
-def summed(text: str) -> list[str]:
-    """The arrays of three dimensions, as activations are, that all-reduces sum up for every device."""
+def summed(text: str) -> list[tuple[str, int]]:
+    """(type, numbers) of what all-reduces sum up for every device, of which one may have several arrays."""
     results = re.findall(r"%all-reduce[\w.-]* = (.+?) all-reduce(?:-start)?\(", text)
-    return [array for result in results for array in re.findall(r"[a-z]\w*\[\d+,\d+,\d+\]", result)]
+    arrays = [array for result in results for array in re.findall(r"([a-z]\w*)\[([\d,]*)\]", result)]
+    return [(kind, math.prod(int(n) for n in dims.split(",") if n)) for kind, dims in arrays]
 
 
 def layers_that_stand_alone() -> dict[str, float]:

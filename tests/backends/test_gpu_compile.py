@@ -85,8 +85,8 @@ def test_devices_that_share_weights_gather_them_as_fp8(report):
     found = report["sharded"]
     assert len(products(found, E4M3, E4M3)) == 4 and len(products(found, E4M3, E5M2)) == 8
     assert found["gathered"].count(E4M3) >= 4
-    # gradients of what several products share arrive in parts; the head's, in f32, as a whole
-    assert not [array for array in found["summed"] if array.startswith("bf16")]
+    # gradients of activations, of 2 x 128 x 256 numbers here, arrive in parts; the head's, in f32, as a whole
+    assert max(size for kind, size in found["summed"] if kind == "bf16") < 2 * 128 * 256
 
 
 def test_one_token_does_not_gather_the_embedding(report):

@@ -1,12 +1,14 @@
 """Products with weights agree with einsum, forwards and backwards, in every form that the model uses."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nemojax.arch import uniform
-from nemojax.backends.matmul import matmul
+from nemojax.backends.matmul import MIN_ROWS, matmul
 from nemojax.model.llama import Compute, init_params
 from nemojax.train import lm_loss
 
@@ -68,3 +70,11 @@ def test_f32_means_f32_on_every_machine(dtype, length, chunk):
         assert not [line for line in products if "HIGHEST" not in line]
     else:
         assert not [line for line in products if "HIGHEST" in line and "bf16>" in line]
+
+
+@pytest.mark.parametrize("machine, rows", [("tpu", MIN_ROWS), ("cuda", MIN_ROWS), ("cpu", 1)])
+def test_one_token_is_multiplied_among_as_many_as_the_machine_takes(machine, rows):
+    x, w = jnp.ones((1, 1, 16), jnp.bfloat16), jnp.ones((16, 32), jnp.bfloat16)
+    traced = jax.jit(lambda x, w: matmul("BTD,DF->BTF", x, w)).trace(x, w)
+    text = traced.lower(lowering_platforms=(machine,)).as_text()
+    assert re.findall(r"dot_general.*: \((tensor<\S+),", text) == [f"tensor<{rows}x1x16xbf16>"]
