@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 BLOCK = 64  # positions read at once, at most
 LEAST = 256  # positions of a part
-PROGRAMS = 528  # that keep a Hopper GPU's multiprocessors busy, four on each
+PROGRAMS = 264  # that keep a Hopper GPU's multiprocessors busy, two on each
 TILE = 128  # queries that read a position together, at most
 _UNIT = 16  # rows that a matrix unit multiplies at once
 NOTHING = -1e30
@@ -128,14 +128,20 @@ def _parts(
             jax.ShapeDtypeStruct((b, num_kv, parts, queries, h), jnp.float32),
             *[jax.ShapeDtypeStruct((b, num_kv, parts, queries), jnp.float32)] * 2,
         ],
-        compiler_params=None
-        if interpret
-        else triton.CompilerParams(num_warps=8 if tile == TILE else 4, num_stages=3),
+        compiler_params=None if interpret else triton.CompilerParams(**_resources(tile, h)),
         interpret=interpret,
         name="attend_slots",
     )
     layer_1, slot_B = (x.astype(jnp.int32) for x in (slots.layer.reshape(1), slots.slot_B))
     return kernel(q_BKQH, at_BQ, slot_B, layer_1, slots.k, slots.v, *scales)
+
+
+def _resources(tile: int, head_dim: int) -> dict[str, int]:
+    """Groups of 32 threads, and blocks of keys on their way at once: what a multiprocessor has room for."""
+    wide = head_dim > 128
+    return (
+        {"num_warps": 8, "num_stages": 3 - wide} if tile == TILE else {"num_warps": 4, "num_stages": 4 - wide}
+    )
 
 
 def _kernel(

@@ -10,9 +10,13 @@ from nemojax.backends.rows import Rows
 KERNELS: tuple[Any, ...] = ()  # loops over blocks that stay in the cache are the best there is
 LEAST = 0  # positions from which on a kernel of its own is taken
 COMPILER_OPTIONS: Mapping[str, bool | str] = {}  # XLA's own choice
-DECODING_OPTIONS: Mapping[str, int] = {}  # of programs that decode, beside these
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:
     """Why a kernel cannot serve `rows`: splash runs in Pallas's interpreter (a check of it, very slow)."""
     return None if kernel == "splash" else "it is a kernel for GPUs"
+
+
+def decoding_options(devices: int) -> Mapping[str, int | str]:
+    """Of programs that decode, beside the others: none."""
+    return {}

@@ -32,13 +32,11 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_gpu_enable_highest_priority_async_stream": True,
     # weights of the next layer of a scan are gathered, and gradients of the last one scattered, meanwhile
     **{f"{_PIPELINED[0]}_{kind}": _PIPELINED[1] for kind in ("all_gather", "reduce_scatter", "all_reduce")},
+    # a product that a scan keeps for the backward pass is computed twice otherwise, once into its stack
+    "xla_gpu_enable_dynamic_slice_fusion": False,
     # two buffers in turn for what a scan carries, instead of a copy in each of its steps
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
-
-# Of programs that decode, beside these: products of one operand, as for queries, keys and values, stay apart.
-# For one large product XLA would write their weights down side by side in every step.
-DECODING_OPTIONS: Mapping[str, int] = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 # Positions from which on a kernel of its own is taken: at 512 tokamax's is 4 times as fast as `short` (8,192
 # tokens of 32 heads of 128 channels on an H200, forwards and backwards: tests/benchmarks/gpu.py)
@@ -46,6 +44,20 @@ LEAST = 512
 
 TOKAMAX = "0.0."  # versions whose inner interface is the one below
 _BLOCK = 128  # positions that a block of tokamax's kernels has at most, for queries of two warp groups
+
+
+def decoding_options(devices: int) -> Mapping[str, int | str]:
+    """Of programs that decode on so many devices, beside the others."""
+    options: dict[str, int | str] = {
+        # products of one operand, as for queries, keys and values, stay apart: for one large product XLA
+        # would write their weights down side by side in every step
+        "xla_gpu_dot_merger_threshold_mb": 0
+    }
+    if devices == 1:
+        # Such products, each too small to keep the memory busy, run at once. Not on a mesh: no two arrays of
+        # a program share memory then, and of layers in a stack a step makes copies.
+        options["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
+    return options
 
 
 def refusal(kernel: str, rows: Rows) -> str | None:
@@ -151,8 +163,7 @@ def _tokamax(
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, first_BT: jax.Array, mask_type: Any, kernel: Any):
     mask = mask_type(is_causal=True, k_start=first_BT[:, None])
-    # behind a barrier: XLA would run the kernel once for what is kept of a layer, and once for the layer
-    out, sums = jax.lax.optimization_barrier(kernel(q, k, v, mask=mask, return_residuals=True))
+    out, sums = kernel(q, k, v, mask=mask, return_residuals=True)
     # by a name, which tokamax gives them not: else rematerialisation would run the kernel a second time
     out, sums = jax.tree.map(lambda x: checkpoint_name(x, SAVED), (out, sums))
     return out, (q, k, v, first_BT, out, sums)

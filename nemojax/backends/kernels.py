@@ -54,7 +54,8 @@ def _refusal(platform: str, kernel: Kernel, rows: Rows) -> str | None:
 def jit(
     platform: Callable[[], str], *, decodes: bool = False, **settings: Any
 ) -> Callable[[Callable[..., Any]], Any]:
-    """`jax.jit` with the compiler options of the machine that a program is for, as a decorator.
+    """`jax.jit` with the compiler options of the machine that a program is for and of the mesh in scope, as a
+    decorator.
 
     platform: says which, whenever it is called. decodes: of one that makes a few tokens at a time, and so
     mostly reads weights.
@@ -62,18 +63,20 @@ def jit(
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.cache
-        def program(name: str) -> Any:
-            options = {
-                **machine(name).COMPILER_OPTIONS,
-                **(machine(name).DECODING_OPTIONS if decodes else {}),
-            }
+        def program(name: str, devices: int) -> Any:
+            own = machine(name)
+            options = {**own.COMPILER_OPTIONS, **(own.decoding_options(devices) if decodes else {})}
             return jax.jit(function, compiler_options=options or None, **settings)
+
+        def here() -> Any:
+            mesh = jax.sharding.get_abstract_mesh()
+            return program(platform(), 1 if mesh.empty else mesh.size)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return program(platform())(*args, **kwargs)
+            return here()(*args, **kwargs)
 
-        call.lower = lambda *args, **kwargs: program(platform()).lower(*args, **kwargs)  # pyright: ignore
+        call.lower = lambda *args, **kwargs: here().lower(*args, **kwargs)  # pyright: ignore
         return call
 
     return decorate

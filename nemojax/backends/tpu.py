@@ -25,9 +25,12 @@ COMPILER_OPTIONS: Mapping[str, bool | str] = {
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
 
-DECODING_OPTIONS: Mapping[str, int] = {}  # of programs that decode, beside these
-
 
 def refusal(kernel: str, rows: Rows) -> str | None:
     """Why a kernel cannot serve `rows`; splash serves any length, head dim and dtype."""
     return None if kernel == "splash" else "it is a kernel for GPUs"
+
+
+def decoding_options(devices: int) -> Mapping[str, int | str]:
+    """Of programs that decode, beside the others: none."""
+    return {}

@@ -5,6 +5,7 @@
 A process of its own, because plugin and compiler flags are read when jax starts.
 """
 
+import itertools
 import json
 import math
 import re
@@ -69,6 +70,63 @@ def layers_that_stand_alone() -> dict[str, float]:
         return {"held": held, "free": temporaries()}
 
 
+def train_program(arch: Any, compute: Any, place: Any, rows: tuple[int, int], **options: bool | str) -> str:
+    """A training step over batches of so many rows and tokens, compiled for where `place` puts arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    from nemojax.model import llama
+    from nemojax.optim import OptimConfig, make_optimizer
+    from nemojax.train import TrainState, lm_loss, make_step
+
+    tx = make_optimizer(OptimConfig(), 100)
+
+    def init():
+        params = llama.init_params(arch, jax.random.key(0))
+        return TrainState(jnp.int32(0), params, tx.init(params), None, jax.random.key(0), jnp.int32(0))
+
+    names = ("tokens", "targets", "segments", "positions")
+    batch = {name: jax.ShapeDtypeStruct(rows, jnp.int32) for name in names}
+    batch = place(batch | {"weights": jax.ShapeDtypeStruct(rows, jnp.float32)})
+    step = jax.jit(make_step(lm_loss(arch, compute), tx), donate_argnums=0)
+    lowered = step.lower(place(jax.eval_shape(init)), None, batch)
+    return lowered.compile(compiler_options=options or None).as_text() or ""
+
+
+def layers_in_a_loop(place: Any) -> str:
+    """A training step of eight layers as wide as those of 8B, which keeps their products."""
+    from nemojax.arch import uniform
+    from nemojax.backends.gpu import COMPILER_OPTIONS
+    from nemojax.model.llama import Compute
+
+    shape: dict[str, Any] = {"dim": 4096, "num_heads": 32, "num_kv_heads": 8, "ffn_width": 14336}
+    arch = uniform(vocab_size=512, **shape, num_layers=8, context=512)
+    return train_program(arch, Compute("bfloat16", remat="dots"), place, (8, 512), **COMPILER_OPTIONS)
+
+
+def cache_kernels(place: Any) -> list[str]:
+    """For which heads, caches and numbers of new tokens the kernel over a cache is compiled."""
+    import jax
+    import jax.numpy as jnp
+
+    from nemojax.backends.cached import Slots, attend_slots
+
+    def attend(q: Any, positions: Any, *slots: Any) -> Any:
+        return attend_slots(q, positions, Slots(*slots), keys=1024)
+
+    found = []
+    for head_dim, dtype, tokens in itertools.product((64, 128, 256), ("bfloat16", "int8"), (1, 64)):
+        numbers = jax.ShapeDtypeStruct((2, 4, 8, 1024, head_dim), jnp.dtype(dtype))
+        scales = None if dtype == "bfloat16" else jax.ShapeDtypeStruct((2, 4, 8, 1024), jnp.float32)
+        q = jax.ShapeDtypeStruct((4, tokens, 32, head_dim), jnp.bfloat16)
+        positions, layer, slots = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((4, tokens), (), (4,)))
+        jax.jit(attend).lower(
+            *place((q, positions, numbers, numbers, scales, scales, layer, slots))
+        ).compile()
+        found.append(f"{head_dim} {dtype} {tokens}")
+    return found
+
+
 def decoding(rows: int, capacity: int = 2048) -> dict[str, Any]:
     """A decoding step of four layers of 8B on one device, layers apart as an engine there has them: its
     calls, temporaries, and the bytes of a matrix of a feed-forward."""
@@ -127,9 +185,8 @@ def main() -> None:
     from nemojax.generate.sampling import SamplingConfig
     from nemojax.model import llama
     from nemojax.model.cache import init_cache
-    from nemojax.optim import OptimConfig, make_optimizer
     from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh
-    from nemojax.train import TrainState, lm_loss, make_step
+    from nemojax.train import lm_loss
     from tests.backends.test_tpu_compile import abstract, abstract_batch
 
     chips = open_topology("h100:4")
@@ -144,26 +201,12 @@ def main() -> None:
     def on_one(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
 
-    def train_program(arch, compute, place, batch):
-        tx = make_optimizer(OptimConfig(), 100)
-
-        def init():
-            params = llama.init_params(arch, jax.random.key(0))
-            return TrainState(jnp.int32(0), params, tx.init(params), None, jax.random.key(0), jnp.int32(0))
-
-        state = place(jax.eval_shape(init))
-        step = make_step(lm_loss(arch, compute), tx)
-        return jax.jit(step, donate_argnums=0).lower(state, None, batch).compile().as_text()
-
     programs_of = {}
-    ids = {
-        n: jax.ShapeDtypeStruct((4, 128), jnp.int32) for n in ("tokens", "targets", "segments", "positions")
-    }
-    batch = on_one(ids | {"weights": jax.ShapeDtypeStruct((4, 128), jnp.float32)})
     ways: Any = (("default", "none"), ("fp8", "none"), ("fp8", "full"))
     for kind, remat in ways:
         compute = llama.Compute("bfloat16", remat=remat, matmul=kind)
-        programs_of[f"train {kind} {remat}"] = train_program(arch, compute, on_one, batch)
+        programs_of[f"train {kind} {remat}"] = train_program(arch, compute, on_one, (4, 128))
+    programs_of["loop"] = layers_in_a_loop(on_one)
 
     compute = llama.Compute("bfloat16", matmul="fp8")
     kept = on_one(jax.eval_shape(llama.quantize, llama.abstract_params(arch, jnp.bfloat16)))
@@ -204,6 +247,7 @@ def main() -> None:
     report["decode"]["arguments"] = memory.argument_size_in_bytes
     report["decode"]["temporaries"] = memory.temp_size_in_bytes
     report |= {f"decoding {rows}": decoding(rows) for rows in (1, 64)}
+    report["cache kernels"] = {"compiled": cache_kernels(on_one)}
     report["layers that stand alone"] = layers_that_stand_alone()
     print(json.dumps(report))
 

@@ -64,6 +64,13 @@ def test_a_training_step_that_recomputes_its_blocks(report):
     assert MERGED < len(products(found, E4M3, E4M3)) <= 2 * MERGED
 
 
+def test_products_of_a_loop_are_kept_and_computed_once(report):
+    """In each of the loop's two buffers. Queries, keys and values are one product, but for the gradients of
+    their input; those of the head are f32."""
+    found = [call for call in report["loop"]["calls"] if call[0] == BF16 and call[1] == "bf16"]
+    assert len(found) == 2 * (5 + 7 + 5)
+
+
 def test_a_decoding_step(report):
     """Every product is in FP8, and the arguments are a byte a block weight beside the cache."""
     found = report["decode"]
@@ -79,6 +86,11 @@ def test_a_decoding_step_reads_weights_and_cache_where_they_are(report, rows):
     assert found["temporaries"] < found["matrix"]
     assert count(found, "__gpu$xla.gpu.triton") == 4  # attention over the cache
     assert count(found, BF16) == 4 * 7 + 1
+
+
+def test_the_kernel_over_a_cache_has_room_for_every_kind_of_heads(report):
+    """Of 256 channels, and for prompts, a multiprocessor holds fewer blocks of keys at once."""
+    assert len(report["cache kernels"]["compiled"]) == 3 * 2 * 2
 
 
 def test_devices_that_share_weights_gather_them_as_fp8(report):
