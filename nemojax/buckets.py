@@ -8,14 +8,17 @@ environment of Google Cloud and AWS.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
+_AT_ONCE = 64  # requests
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> (what opens it, our extra)
 
 
@@ -139,10 +142,24 @@ def write_bytes(path: Path, data: bytes) -> None:
     if is_bucket(path):
         path.write_bytes(data)
         return
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that has its name only once all of it is on disk; one for a bucket lies among this
+    machine's temporary files until then."""
+    if is_bucket(path):
+        with tempfile.NamedTemporaryFile() as held:
+            yield cast(BinaryIO, held)
+            held.flush()
+            copy_file(Path(held.name), path)
+        return
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -151,12 +168,37 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a small file, of which either may be in a bucket; does nothing where both are the same file."""
-    if is_bucket(source) or is_bucket(target):
+    """Copies a file, of which either may be in a bucket; does nothing where both are the same file."""
+    if is_bucket(target) and not is_bucket(source):
+        _system(str(target)).put_file(os.fspath(source), str(target))
+    elif is_bucket(source):
         if source != target:
-            target.write_bytes(source.read_bytes())
+            with source.open("rb") as read, whole_file(target) as written:
+                shutil.copyfileobj(read, written, 1 << 20)
     elif source.resolve() != target.resolve():
         shutil.copyfile(source, target)
+
+
+def sizes_in(directory: Path) -> dict[str, int]:
+    """The bytes of the files in a directory, by name; none where there is no directory."""
+    try:
+        if is_bucket(directory):
+            found = _system(str(directory)).ls(str(directory), detail=True)
+            return {os.path.basename(one["name"]): one["size"] for one in found if one["type"] == "file"}
+        return {one.name: one.stat().st_size for one in directory.iterdir() if one.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def read_ranges(ranges: Sequence[tuple[Path, int, int]]) -> list[bytes]:
+    """The bytes from a first to before a last of each file, all of one bucket; many are asked for at once."""
+    if not ranges:
+        return []
+    paths, firsts, lasts = zip(*ranges, strict=True)
+    names = [str(path) for path in paths]
+    return _system(names[0]).cat_ranges(
+        names, list(firsts), list(lasts), batch_size=_AT_ONCE, on_error="raise"
+    )
 
 
 def remove_tree(directory: Path, ignore_errors: bool = False) -> None:

@@ -75,8 +75,9 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     recorded = replace(cfg, workers=0)  # decides nothing that is written: a run may resume with more or fewer
     inputs = [cfg.tokenizer, *input_files(cfg.sources)]
     return run_stage(
-        "tokenize", recorded, workdir, inputs, lambda path: _tokenize(cfg, path), many_processes=True
-    )
+        "tokenize", recorded, workdir, inputs, lambda path: _tokenize(cfg, path),
+        many_processes=True, buckets=True,
+    )  # fmt: skip
 
 
 def _check(cfg: Config) -> None:

@@ -231,7 +231,7 @@ class PlannedLoader:
         for row in rows.tolist():
             at = self._window_of(row, *at)
             used.append(self.plan.window(at[0]).row(row - at[1]))
-        batch = make_batch([[self._piece(*p) for p in row] for row in used], self.length, self.pad_id)
+        batch = make_batch(self._read(used), self.length, self.pad_id)
         at = self._window_of(end, *at)
         self.rows, self._used, self._row, self._at = rows, used, end, at  # last: an error above moves nothing
         return batch
@@ -242,8 +242,14 @@ class PlannedLoader:
             window, first = window + 1, first + num_rows
         return window, first
 
-    def _piece(self, source: int, document: int, part: int) -> Example:
-        return self.sources[source].piece(document, part * self.length, self.length)
+    def _read(self, rows: Sequence[Sequence[tuple[int, int, int]]]) -> list[list[Example]]:
+        """What the pieces of some rows say, asked of each source all at once."""
+        wanted: list[list[tuple[int, int, int | None]]] = [[] for _ in self.sources]
+        for row in rows:
+            for source, document, part in row:
+                wanted[source].append((document, part * self.length, self.length))
+        found = [iter(source.pieces(some)) for source, some in zip(self.sources, wanted, strict=True)]
+        return [[next(found[source]) for source, _, _ in row] for row in rows]
 
     @property
     def ids(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Token shards: documents tokenised once, kept on disk, read through memory maps.
+"""Token shards: documents tokenised once, kept on disk or in a bucket, read through memory maps or by ranges.
 
 A directory of shards holds
 
@@ -11,7 +11,8 @@ A directory of shards holds
 While they are being made, `shard-00000.npz` says that a shard is complete. Opening costs a look at every
 file's size and one reading of documents.bin. Tokens are checked by their document's CRC when it is first
 read: hashing whole shards at the first touch would read the entire collection in the first steps of a
-shuffled run. `TokenShards.verify` hashes everything.
+shuffled run. `TokenShards.verify` hashes everything. Nothing of a bucket is copied to this machine's disk:
+documents.bin is held in memory, and every document is one request, with others at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from nemojax.buckets import check_bucket, is_bucket, names_in, place, read_ranges, sizes_in, whole_file
 from nemojax.data.examples import Example, Examples
 from nemojax.data.tokenizer import Tokenizer
 from nemojax.data.vocabulary import tokenizer_digest
@@ -40,7 +41,7 @@ INDEX, DOCUMENTS = "index.json", "documents.bin"
 HELDOUT = "heldout"  # the folder, in a directory of shards, of those that are never trained on
 DOCUMENT = np.dtype([("start", "<i8"), ("size", "<i4"), ("crc", "<u4")])
 SHARD_DOCUMENTS = 8192
-_PART = 256  # documents held in memory while examples are written
+_PART = 256  # documents that are read or written at once
 _KINDS = {
     "documents": int,
     "tokens": int,
@@ -120,7 +121,8 @@ def write_shard(folder: Path, number: int, parts: Iterable[Encoded], total: int)
 
 def missing_shards(folder: Path, count: int) -> list[int]:
     """Which of `count` shards are not complete."""
-    return [n for n in range(count) if not (folder / f"{_name(n)}.npz").is_file()]
+    there = names_in(folder)
+    return [n for n in range(count) if f"{_name(n)}.npz" not in there]
 
 
 def is_complete(folder: Path) -> bool:
@@ -139,7 +141,7 @@ def write_index(
     shards, totals, last = [], set(), 0
     with _whole(folder / DOCUMENTS) as file:
         for number in range(count):
-            with np.load(folder / f"{_name(number)}.npz") as part:
+            with (folder / f"{_name(number)}.npz").open("rb") as mark, np.load(mark) as part:
                 file.write(part["documents"].tobytes())
                 last = len(part["documents"])
                 hashes = [str(digest) for digest in part["hashes"]]
@@ -181,7 +183,7 @@ def write_shards(
     shard_documents: int = SHARD_DOCUMENTS,
 ) -> None:
     """Any examples (conversations, say) as a directory of shards, written by this process."""
-    folder, total = Path(folder), len(examples)
+    folder, total = place(folder), len(examples)
     if not total:
         raise ValueError(f"{folder}: expected examples to write, got none")
     weighted = not all(np.all(examples[i].weights == 1) for i in range(total))
@@ -197,7 +199,8 @@ def write_shards(
 
 
 class TokenShards:
-    """The `Examples` of a directory of shards. Memory: one byte a document; everything else is mapped.
+    """The `Examples` of a directory of shards. Memory: one byte a document; everything else is mapped, but of
+    a bucket 17 bytes a document.
 
     `sizes` [documents] i32 are the positions that each takes in a row, `fingerprint` is a hex digest of all
     contents. Made by `open_shards`.
@@ -206,7 +209,7 @@ class TokenShards:
     def __init__(self, path: Path, index: Mapping[str, Any]):
         self.path, self.index = path, index
         self.num_tokens: int = index["tokens"]
-        self._dtype = np.dtype(index["dtype"])
+        self._kinds = (np.dtype(index["dtype"]), np.dtype("<f4"))
         shards = index["shards"]
         self._files = [
             [path / f"{_name(n)}{end}" for end in (".bin", ".weights")[: 1 + index["weighted"]]]
@@ -214,9 +217,7 @@ class TokenShards:
         ]
         self._lasts = list(itertools.accumulate(shard["documents"] for shard in shards))
         self._check_sizes()
-        if _hash_of(path / DOCUMENTS) != index["sha256"]:
-            raise _altered(path / DOCUMENTS)
-        documents = np.memmap(path / DOCUMENTS, DOCUMENT, "r").view(np.ndarray)
+        documents = _documents(path / DOCUMENTS, index["sha256"])
         self.sizes: np.ndarray = documents["size"]
         self._starts, self._crcs = documents["start"], documents["crc"]
         self._checked = np.zeros(len(documents), np.bool_)
@@ -230,27 +231,39 @@ class TokenShards:
     def __getitem__(self, index: int) -> Example:
         return self.piece(index, 0, None)
 
+    def __iter__(self) -> Iterator[Example]:
+        for first in range(0, len(self), _PART):
+            yield from self.pieces([(i, 0, None) for i in range(first, min(len(self), first + _PART))])
+
     def piece(self, index: int, start: int, size: int | None) -> Example:
         """`size` positions of a document from position `start` on (None: all that are left).
 
         ValueError if the document is not what was written.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        shard = bisect.bisect_right(self._lasts, index)
-        first = int(self._starts[index])
-        whole = slice(first, first + int(self.sizes[index]) + 1)
-        maps = self._mapped(shard)
-        if not self._checked[index]:
-            parts = [part[whole] for part in maps]
-            if _crc(parts[0], parts[1] if len(parts) > 1 else None) != int(self._crcs[index]):
-                raise _altered(self._files[shard][0], f"document {index}")
-            self._checked[index] = True
-        stop = whole.stop if size is None else min(whole.stop, first + start + size + 1)
-        ids = maps[0][first + start : stop].astype(np.int32)
-        if len(maps) == 1:
-            return Example(ids, np.ones(len(ids), np.float32))
-        return Example(ids, maps[1][first + start : stop].astype(np.float32))
+        return self.pieces([(index, start, size)])[0]
+
+    def pieces(self, wanted: Sequence[tuple[int, int, int | None]]) -> list[Example]:
+        """`piece` of every (index, start, size); of a bucket all are asked for at once."""
+        spans, cuts = [], []
+        for index, start, size in wanted:
+            if not 0 <= index < len(self):
+                raise IndexError(index)
+            first, last = int(self._starts[index]), int(self.sizes[index]) + 1
+            stop = last if size is None else min(last, start + size + 1)
+            # what has not been checked yet is read whole
+            begin, end = (start, stop) if self._checked[index] else (0, last)
+            spans.append((bisect.bisect_right(self._lasts, index), first + begin, first + end))
+            cuts.append(slice(start - begin, stop - begin))
+        found = []
+        for (index, _, _), span, cut, parts in zip(wanted, spans, cuts, self._read(spans), strict=True):
+            if not self._checked[index]:
+                if _crc(parts[0], parts[1] if len(parts) > 1 else None) != int(self._crcs[index]):
+                    raise _altered(self._files[span[0]][0], f"document {index}")
+                self._checked[index] = True
+            ids = parts[0][cut].astype(np.int32)
+            weights = parts[1][cut].astype(np.float32) if len(parts) > 1 else np.ones(len(ids), np.float32)
+            found.append(Example(ids, weights))
+        return found
 
     def verify(self) -> None:
         """Reads and hashes every file; ValueError naming the first one that is not what was written."""
@@ -259,12 +272,30 @@ class TokenShards:
                 if _hash_of(file) != expected:
                     raise _altered(file)
 
+    def _read(self, spans: Sequence[tuple[int, int, int]]) -> list[list[np.ndarray]]:
+        """The tokens, and the weights if there are any, from `first` to before `last` of every shard."""
+        if not is_bucket(self.path):
+            return [[part[first:last] for part in self._mapped(shard)] for shard, first, last in spans]
+        ranges = [
+            (file, first * kind.itemsize, last * kind.itemsize)
+            for shard, first, last in spans
+            for file, kind in zip(self._files[shard], self._kinds, strict=False)
+        ]
+        found = iter(read_ranges(ranges))
+        return [
+            [
+                np.frombuffer(next(found), kind)
+                for _, kind in zip(self._files[shard], self._kinds, strict=False)
+            ]
+            for shard, _, _ in spans
+        ]
+
     def _mapped(self, shard: int) -> list[np.ndarray]:
         found = self._maps[shard]
         if found is None:
-            types = (self._dtype, np.dtype("<f4"))
             found = [
-                np.memmap(f, t, "r").view(np.ndarray) for f, t in zip(self._files[shard], types, strict=False)
+                np.memmap(f, t, "r").view(np.ndarray)
+                for f, t in zip(self._files[shard], self._kinds, strict=False)
             ]
             self._maps[shard] = found
         return found
@@ -272,10 +303,11 @@ class TokenShards:
     def _check_sizes(self) -> None:
         expected = [(self.path / DOCUMENTS, self.index["documents"] * DOCUMENT.itemsize)]
         for files, shard in zip(self._files, self.index["shards"], strict=True):
-            sizes = (shard["tokens"] * self._dtype.itemsize, shard["tokens"] * 4)
+            sizes = (shard["tokens"] * kind.itemsize for kind in self._kinds)
             expected += zip(files, sizes, strict=False)
+        there = sizes_in(self.path)
         for file, size in expected:
-            found = file.stat().st_size if file.is_file() else None
+            found = there.get(file.name)
             if found != size:
                 got = "no file" if found is None else f"{found}"
                 raise ValueError(
@@ -289,7 +321,7 @@ def open_shards(path: str | Path, tokenizer: Tokenizer) -> TokenShards:
     ValueError if it is none, is unfinished, was made by another tokenizer, or has a file that is missing,
     truncated or altered.
     """
-    path = Path(path)
+    path = place(path)
     index = _read_index(path)
     ours = tokenizer_fingerprint(tokenizer)
     if index["tokenizer"] != ours:
@@ -302,13 +334,14 @@ def open_shards(path: str | Path, tokenizer: Tokenizer) -> TokenShards:
 
 def open_heldout(path: str | Path, tokenizer: Tokenizer) -> TokenShards | None:
     """The part of a directory of shards that is never trained on; None if nothing was held out."""
-    heldout = Path(path) / HELDOUT
+    heldout = place(path) / HELDOUT
     return open_shards(heldout, tokenizer) if heldout.is_dir() else None
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     file = path / INDEX
     if not file.is_file():
+        check_bucket(path)
         raise ValueError(_why_none(path))
     try:
         index = json.loads(file.read_text())
@@ -359,20 +392,25 @@ class _Hashed:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[_Hashed]:
-    """A file that has its name only once all of it is on disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield _Hashed(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """`whole_file`, hashed."""
+    with whole_file(path) as file:
+        yield _Hashed(file)
 
 
 def _name(number: int) -> str:
     return f"shard-{number:05}"
+
+
+def _documents(file: Path, sha256: str) -> np.ndarray:
+    """What documents.bin holds; ValueError if it is not what was written."""
+    if is_bucket(file):
+        held = file.read_bytes()
+        documents, found = np.frombuffer(held, DOCUMENT), hashlib.sha256(held).hexdigest()
+    else:
+        documents, found = np.memmap(file, DOCUMENT, "r").view(np.ndarray), _hash_of(file)
+    if found != sha256:
+        raise _altered(file)
+    return documents
 
 
 def _hash_of(file: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemojax import config
+from nemojax.buckets import place
 from nemojax.data.heldout import (
     HELDOUT_SHARE,
     check_share,
@@ -33,7 +34,7 @@ class Source:
     `pydoc` (the language reference that ships with Python) and `problems` need no path and split
     themselves by topic and by prompt; `hf` takes a data set's name, `jsonl`, `text` and `parquet` a file, a
     directory or a pattern such as `data/**/*.jsonl.gz`, and a share of their documents is held out;
-    `tokens` takes a directory that `nemojax tokenize` made, in which that is decided.
+    `tokens` takes a directory that `nemojax tokenize` made, here or in a bucket, in which that is decided.
 
     With `stream` the texts are read while they are trained on, and never all held; a path may then also be
     an address (`https://`, `hf://datasets/...`, `gs://...`).
@@ -124,7 +125,7 @@ def input_files(sources: Sequence[Source]) -> list[Path]:
             files += [
                 index
                 for part in ("", "heldout")
-                if (index := Path(source.path, part, "index.json")).is_file()
+                if (index := place(source.path) / part / "index.json").is_file()
             ]
     return files
 

@@ -254,16 +254,16 @@ def test_a_batch_that_fails_can_be_asked_for_again(sources, monkeypatch):
     made, expected = loader(sources, batch_size=50), loader(sources, batch_size=50)
     for _ in range(3):
         same(next(made), next(expected))
-    before, piece = made.state(), type(sources[0]).piece
+    before, pieces = made.state(), type(sources[0]).pieces
 
     def fail(*_):
         raise OSError("the disk is away")
 
-    monkeypatch.setattr(type(sources[0]), "piece", fail)
+    monkeypatch.setattr(type(sources[0]), "pieces", fail)
     with pytest.raises(OSError, match="away"):
         next(made)
     assert made.state() == before
-    monkeypatch.setattr(type(sources[0]), "piece", piece)
+    monkeypatch.setattr(type(sources[0]), "pieces", pieces)
     same(next(made), next(expected))
 
 

@@ -1,10 +1,11 @@
-"""`python -m tests.gcs_server start ...`: gcp-storage-emulator, with generations as tensorstore wants them.
+"""`python -m tests.buckets.gcs_server start ...`: gcp-storage-emulator, with generations for tensorstore.
 
 The emulator numbers an object's generations, but neither names them beside an object's contents nor heeds the
 conditions on them by which a client reads what has changed, and writes only what has not.
 """
 
 from http import HTTPStatus
+from socketserver import TCPServer
 
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
@@ -38,6 +39,7 @@ for verb in ("get", "insert", "delete", "download"):  # before the server takes 
     setattr(objects, verb, with_conditions(getattr(objects, verb)))
 
 if __name__ == "__main__":
+    TCPServer.request_queue_size = 128  # a client that asks for many ranges at once is not sent away
     from gcp_storage_emulator.__main__ import main
 
     main()

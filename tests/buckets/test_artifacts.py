@@ -1,0 +1,58 @@
+"""Artifacts in buckets, and checkpoints of which something is missing."""
+
+import jax
+import numpy as np
+import pytest
+
+from nemojax import buckets, cli
+from nemojax.buckets import place
+from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model, load_params, save_params
+from nemojax.checkpoints.hf import export_hf, import_hf
+from nemojax.data.tokenizer import load_tokenizer
+from tests.buckets.made import equal
+
+
+def test_checkpoints(bucket, model):
+    checkpoints = Checkpoints(f"{bucket}/checkpoints", keep_last=1, best="loss:min", arch=model.arch)
+    state = {"count": np.arange(3)}
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 2.0)):
+        params = jax.tree.map(lambda w, step=step: w + step, model.params)
+        checkpoints.save(step, params, state, {"at": step}, {"loss": loss})
+    checkpoints.close()
+    again = Checkpoints(f"{bucket}/checkpoints", keep_last=1, best="loss:min", arch=model.arch)
+    assert again.steps() == finished_steps(f"{bucket}/checkpoints") == [1, 3] and again.best() == 1
+    restored = again.restore_params(3, model.params)
+    assert equal(restored, jax.tree.map(lambda w: w + 3, model.params))
+    assert again.restore_data(3) == {"at": 3}
+    again.close()
+
+
+def test_a_checkpoint_that_was_cut_short_is_none(bucket, model):
+    where = f"{bucket}/short"
+    save_params(where, model.arch, model.params, step=1)
+    save_params(where, model.arch, model.params, step=2)
+    assert finished_steps(where) == [2]  # one is kept
+    (place(where) / "checkpoints" / "2" / "commit_success.txt").unlink()
+    assert finished_steps(where) == []
+    with pytest.raises(ValueError, match=rf"{where}: expected checkpoints/<step>, got none"):
+        load_params(where)
+
+
+def test_an_artifact_there_and_back(bucket, model, tmp_path, capsys):
+    """Exported, imported into the bucket, exported from there: the same files."""
+    export_hf(model.folder, tmp_path / "hf")
+    import_hf(tmp_path / "hf", f"{bucket}/imported")
+    arch, params = load_model(f"{bucket}/imported")
+    assert arch == model.arch and equal(params, model.params)
+    assert load_tokenizer(f"{bucket}/imported").encode("sort up") == load_tokenizer(model.folder).encode(
+        "sort up"
+    )
+    assert cli.main(["export", f"{bucket}/imported", str(tmp_path / "again")]) == 0
+    names = buckets.names_in(tmp_path / "hf")
+    assert {"config.json", "tokenizer.json"} < names == buckets.names_in(tmp_path / "again")
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    assert cli.main(["import", str(tmp_path / "hf"), f"{bucket}/imported"]) == 2
+    assert f"{bucket}/imported: already exists; remove it" in capsys.readouterr().err
+    assert cli.main(["export", f"{bucket}/imported", f"{bucket}/hf"]) == 2
+    assert f"{bucket}/hf: expected a path on this machine" in capsys.readouterr().err
