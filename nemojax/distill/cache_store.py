@@ -17,13 +17,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from nemojax.buckets import kvstore_spec
-from nemojax.stage import read_result
+from nemojax.buckets import is_bucket, kvstore_spec, place
+from nemojax.stage import read_done, read_result
 
 FORMAT_VERSION = 1
 ABOUT, FOLDER = "cache.json", "rows"
@@ -52,11 +51,21 @@ class About:
 
 def location(path: str) -> str:
     """Where a cache is that is named by its place, or by the work directory of the stage that wrote it."""
-    if "://" in path or (Path(path) / ABOUT).is_file():
+    if not _is_place(path) or (place(path) / ABOUT).is_file():
         return path
-    if (Path(path) / FOLDER / ABOUT).is_file():
-        return str(Path(path) / FOLDER)
-    return read_result(path).get("cache", path) if Path(path).is_dir() else path
+    if (place(path) / FOLDER / ABOUT).is_file():
+        return str(place(path) / FOLDER)
+    return read_result(path).get("cache", path)
+
+
+def is_input(path: str) -> bool:
+    """Whether a stage that reads a cache notices when that changes: in a folder of this machine, or in the
+    work directory of the stage that wrote it."""
+    return os.path.isdir(path) or (_is_place(path) and read_done(path) is not None)
+
+
+def _is_place(path: str) -> bool:
+    return not is_bucket(path) or path.startswith(("gs://", "s3://"))
 
 
 def row_hashes(batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -241,8 +250,3 @@ def _metadata(about: About) -> dict[str, dict[str, Any]]:
         "tail": rows("float32", "NaN", positions),
         "hash": of("uint64", 0, places, groups, [endian, {"name": "crc32c"}]),
     }
-
-
-def is_local(url: str) -> bool:
-    """Whether a cache lies in a folder of this machine."""
-    return "://" not in url and os.path.isdir(url)

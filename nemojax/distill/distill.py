@@ -19,7 +19,7 @@ from nemojax.data.mixture import TextData, heldout_batches, train_batches
 from nemojax.data.sources import input_files, local_files
 from nemojax.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
 from nemojax.distill.batches import OfflineBatches
-from nemojax.distill.cache_store import TeacherCache, is_local, location
+from nemojax.distill.cache_store import TeacherCache, is_input, location
 from nemojax.distill.losses import DistillWeights
 from nemojax.distill.measure import Heldout, gap_closed
 from nemojax.distill.on_policy import OnPolicy, OnPolicyBatches
@@ -67,7 +67,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     the child had lost and got back; and the tokens seen.
     """
     inputs = [cfg.student, *cfg.teachers, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    if cfg.teaching.cache and is_local(cfg.teaching.cache):
+    if cfg.teaching.cache and is_input(cfg.teaching.cache):
         inputs.append(cfg.teaching.cache)
     if cfg.on_policy.chats:
         inputs += local_files(cfg.on_policy.chats)

@@ -21,6 +21,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import absolute
 from nemojax.checkpoints.artifact import load_model
 from nemojax.checkpoints.digest import weights_digest
 from nemojax.config import field, required
@@ -68,11 +69,13 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     Returns where it is, and what it holds. Raises `Preempted` (exit code 75) after SIGTERM.
     """
     inputs = [cfg.teacher, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    return run_stage("cache", cfg, workdir, inputs, lambda path: _write(cfg, path), many_processes=True)
+    return run_stage(
+        "cache", cfg, workdir, inputs, lambda path: _write(cfg, path), many_processes=True, buckets=True
+    )
 
 
 def _write(cfg: Config, workdir: Path) -> dict[str, Any]:
-    mesh, url = make_mesh(cfg.mesh), cfg.out or str(workdir.absolute() / FOLDER)
+    mesh, url = make_mesh(cfg.mesh), cfg.out or str(absolute(workdir) / FOLDER)
     tokenizer = load_tokenizer(cfg.teacher)
     arch, params = load_model(cfg.teacher, mesh)
     check_vocab(tokenizer, arch)
