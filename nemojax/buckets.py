@@ -53,6 +53,12 @@ def absolute(path: str | os.PathLike) -> Path:
     return there if is_bucket(there) else there.absolute()
 
 
+def normal(path: str | os.PathLike) -> Path:
+    """`absolute`, and without `..`."""
+    there = place(path)
+    return there if is_bucket(there) else Path(os.path.abspath(there))
+
+
 def directory(path: str | os.PathLike) -> Path:
     """A directory or file of this machine; ValueError for a bucket, for what cannot work in one."""
     if is_bucket(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemojax import plots
+from nemojax.buckets import place, write_text
 from nemojax.config import field, required
 from nemojax.data.chat import split_thinking
 from nemojax.report import tables
@@ -63,17 +64,15 @@ class Sample:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Writes `report.html` into the pipeline's directory; returns its path in there and what it shows."""
-    pipeline = Path(cfg.pipeline)
+    pipeline = place(cfg.pipeline)
     read_pipeline(pipeline)  # a clear error before anything is written
-    return run_stage("report", cfg, workdir, [pipeline], lambda _: write(cfg, pipeline / FILE))
+    return run_stage("report", cfg, workdir, [pipeline], lambda _: write(cfg, pipeline / FILE), buckets=True)
 
 
 def write(cfg: Config, path: Path) -> dict[str, Any]:
     """Renders the page to `path`, whole or not at all."""
     html, shown = render(cfg)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, html)
     return {"path": path.name, "bytes": len(html.encode()), **shown}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemojax.arch import ArchSpec, load_arch
+from nemojax.buckets import check_bucket, normal
 from nemojax.log import read_metrics
 from nemojax.stage import CONFIG, DONE, PIPELINE, RESULT, read_json
 
@@ -77,7 +78,8 @@ class Pipeline:
 
 def read_pipeline(path: str | os.PathLike) -> Pipeline:
     """ValueError when the directory is not a pipeline's."""
-    root = Path(os.path.abspath(path))
+    check_bucket(path)
+    root = normal(path)
     if not (root / PIPELINE).is_file():
         raise ValueError(f"{path}: expected a pipeline's directory, got no {PIPELINE} in it; run it first")
     found = {}
@@ -120,7 +122,7 @@ def _kind_rank(kind: str) -> int:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:
