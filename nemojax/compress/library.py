@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nemojax.arch import ArchSpec, BlockSpec, NoOp
-from nemojax.buckets import remove_tree
+from nemojax.buckets import is_bucket, remove_tree
 from nemojax.compress.bld import Bld, OnStep, Weights, init_kind, train
 from nemojax.compress.bld import take as take  # the stage finds it here
 from nemojax.compress.importance import Importance
@@ -90,7 +92,9 @@ def build(
     was finite (the others are saved).
     """
     parent, library = Parent(params, arch, bld.window, mesh), Library(dir)
-    with use_mesh(mesh):
+    with use_mesh(mesh), TemporaryDirectory() as here:
+        # streams are mapped, which nothing in a bucket can be: a run that goes on makes them again
+        streams = Path(here) if is_bucket(library.dir) else library.dir / TRAINING
         fingerprint = parent.fingerprint()
         on_primary(lambda: library.claim(fingerprint, arch))
         data = batches() if bld.steps or bld.tokens else iter(())
@@ -98,7 +102,7 @@ def build(
         steps = bld.num_steps(first) if first is not None or bld.tokens else bld.steps
         recipe = _recipe(bld, steps, kv_init, compute, importance, data, first)
         rows = np.shape(first["tokens"]) if first is not None else (0, 0)
-        carry = Carry(library.dir / TRAINING, parent, batches, steps, (rows[0], rows[1]), compute)
+        carry = Carry(streams, parent, batches, steps, (rows[0], rows[1]), compute)
         builder = _Builder(library, parent, importance, bld, kv_init, recipe, carry)
         for number in range(len(parent.windows())):
             builder.build_window(number, kinds)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from nemojax.arch import ArchSpec, BlockSpec
-from nemojax.buckets import is_bucket, remove_tree
+from nemojax.buckets import remove_tree
 from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model
 from nemojax.compress import importance
 from nemojax.compress.assemble import assemble, block_map, child_arch
@@ -72,10 +72,6 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Compresses in `workdir`, which becomes the child's artifact; returns sizes, score and timings (s)."""
     exact_matmuls(cfg.compute, "compress")
     inputs = [cfg.parent, *input_files(cfg.data.sources)]
-    if cfg.bld.window and is_bucket(workdir):
-        raise ValueError(
-            f"bld.window: expected a --workdir on this machine, got {workdir}; its files are mapped"
-        )
     return run_stage(
         "compress", cfg, workdir, inputs, lambda path: _compress(cfg, path),
         many_processes=True, buckets=True,

@@ -111,7 +111,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Carry:
-    """The stream before a window [steps, B, T, D], B this process's rows, kept in files under `dir`."""
+    """The stream before a window [steps, B, T, D], B this process's rows, in local files under `dir`."""
 
     dir: Path
     parent: Parent

@@ -92,10 +92,9 @@ def test_a_compression(bucket, model, tmp_path):
     table = place(f"{bucket}/compress") / "table.json"
     assert json.loads(table.read_text()) == json.loads((tmp_path / "here" / "table.json").read_text())
     assert load_table(str(table)).layers
-    with pytest.raises(
-        ValueError, match=rf"^bld.window: expected a --workdir on this machine, got {bucket}/w;"
-    ):
-        compress.run(from_dict(compress.Config, values | {"bld": {"window": 1}}), f"{bucket}/w")
+    windows = from_dict(compress.Config, values | {"bld": {"steps": 2, "window": 1}})
+    assert {**compress.run(windows, f"{bucket}/windows"), "seconds": 0} == {**here, "seconds": 0}
+    assert equal(load_params(f"{bucket}/windows")[1], child)
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
