@@ -2,8 +2,8 @@
 
 A bucket has no rename and no append: an object is there whole or not at all, a directory is what its objects
 have in common, and so the object that is written last (DONE, Orbax's commit_success.txt) says that the
-others are there. Credentials and endpoints are those of gcsfs and s3fs, and of tensorstore, from the
-environment of Google Cloud and AWS.
+others are there; what cannot be said so holds UNFINISHED until it is whole. Credentials and endpoints are
+those of gcsfs and s3fs, and of tensorstore, from the environment of Google Cloud and AWS.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+UNFINISHED = "UNFINISHED"  # in a directory of a bucket while it is written or removed: later on, of no use
+_LAST = (
+    "commit_success.txt",
+    "index.json",
+    "cache.json",
+    "DONE",
+)  # say that what was written before is there
 _AT_ONCE = 64  # requests
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> (what opens it, our extra)
 
@@ -219,6 +226,38 @@ def remove_tree(directory: Path, ignore_errors: bool = False) -> None:
     except Exception:
         if not ignore_errors:
             raise
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory of a bucket was being written or removed, and has to be made anew."""
+    return is_bucket(directory) and (directory / UNFINISHED).is_file()
+
+
+def clear_unfinished(directory: Path) -> None:
+    """Removes a directory that `is_unfinished`, what says so last; does nothing to another."""
+    if is_unfinished(directory):
+        for entry in directory.iterdir():
+            if entry.name != UNFINISHED:
+                entry.unlink() if entry.is_file() else remove_tree(entry)
+        remove_tree(directory)
+
+
+def move_tree(source: Path, target: Path) -> None:
+    """Gives a directory of a bucket another place in it, which holds nothing yet: copies, then removes.
+
+    A kill leaves `source` whole beside a `target` that is unfinished, or the other way round.
+    """
+    system, files = _system(str(source)), list(files_below(source))
+    write_text(target / UNFINISHED, "")
+    for last in ("", *_LAST):
+        some = [file for file in files if last == (file.name if file.name in _LAST else "")]
+        there = [str(target / file.relative_to(source)) for file in some]
+        system.copy([*map(str, some)], there, batch_size=_AT_ONCE)
+    (target / UNFINISHED).unlink()
+    if source / "DONE" in files:
+        (source / "DONE").unlink()
+    write_text(source / UNFINISHED, "")
+    clear_unfinished(source)
 
 
 def kvstore_spec(url: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemojax import config, stage
-from nemojax.buckets import directory
+from nemojax.buckets import check_bucket, is_bucket, is_unfinished, normal, remove_tree
 from nemojax.commands import STAGES, Parser, split_overrides, summary_line
 from nemojax.config import field, required
 
@@ -78,7 +77,8 @@ def run(steps: Sequence[Step], workdir: str | os.PathLike, select: Selection = S
     is moved to `replaced/` and run afresh. An error names its stage.
     """
     stage.expect_one_process("run")
-    root = Path(os.path.abspath(directory(workdir)))
+    root = normal(workdir)
+    check_bucket(root)
     chosen = _chosen(steps, select)
     for step in steps:  # every configuration is checked before the first stage starts
         resolve(step, root)
@@ -132,7 +132,8 @@ def command(args: list[str]) -> None:
     known, extras = parser.parse_known_args(args)
     steps = load(known.config, split_overrides(extras, parser.prog))
     select = Selection(known.first, known.only, known.force)
-    root = Path(os.path.abspath(directory(known.workdir)))
+    root = normal(known.workdir)
+    check_bucket(root)
     if known.dry_run:
         _print_plan(steps, root, _chosen(steps, select), configurations=True)
         return
@@ -165,7 +166,8 @@ def _run_export(cfg: ExportConfig, workdir: Path) -> dict[str, Any]:
     """Exports to the sibling of `workdir` without the leading dot.
 
     It is made inside `workdir` and renamed when it is whole, so that what stands in its place is all of one
-    export. Its mark says which: after a kill between that rename and DONE it is not made again.
+    export; in a bucket it is made in its place, and unfinished until it is whole. Its mark says which export
+    it is: after a kill between that and DONE it is not made again.
     """
     target = workdir.with_name(workdir.name.removeprefix("."))
     if _read_exported(target) is None:
@@ -179,22 +181,29 @@ def _run_export(cfg: ExportConfig, workdir: Path) -> dict[str, Any]:
             if found["fingerprint"] == fingerprint:
                 return found["result"]
             raise stage.OtherRun(f"{target}: exported from another configuration or other inputs")
-        from nemojax.checkpoints.hf import export_hf
+        from nemojax.checkpoints.hf import Exported, export_hf
+
+        result: dict[str, Any] = {}
+
+        def mark(written: Path, done: Exported) -> None:
+            result.update(path=target.name, format=done.format, tensors=done.num_tensors, bytes=done.size)
+            stage.write_json(written / EXPORTED, {"fingerprint": fingerprint, "result": result})
 
         for left in workdir.glob("*made*"):  # by a kill
-            shutil.rmtree(left)
-        done = export_hf(cfg.artifact, workdir / "made", format=cfg.format)
-        result = {"path": target.name, "format": done.format, "tensors": done.num_tensors, "bytes": done.size}
-        stage.write_json(done.path / EXPORTED, {"fingerprint": fingerprint, "result": result})
-        done.path.rename(target)
+            remove_tree(left)
+        made = target if is_bucket(target) else workdir / "made"
+        export_hf(cfg.artifact, made, format=cfg.format, finish=mark)
+        if made != target:
+            made.rename(target)
         return result
 
-    return stage.run_stage("export", cfg, workdir, [cfg.artifact], body)
+    return stage.run_stage("export", cfg, workdir, [cfg.artifact], body, buckets=True)
 
 
 def _read_exported(target: Path) -> dict[str, Any] | None:
-    """The mark in an exported directory, None where nothing stands; ValueError if something else does."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    """The mark in an exported directory, None where nothing stands, or what is unfinished; ValueError if
+    something else does."""
+    if not target.exists() or is_unfinished(target) or (target.is_dir() and not any(target.iterdir())):
         return None
     mark = stage.read_json(target / EXPORTED)
     if mark is None:
@@ -231,9 +240,10 @@ def _run_step(step: Step, root: Path, force: bool) -> dict[str, Any]:
 def _move_aside(step: Step, root: Path) -> Path:
     """Moves a stage's directory to `replaced/`, and what an export made with it; returns where that went."""
     moved = stage.move_aside(state_dir(step, root), root / REPLACED)
-    if step.kind == "export" and (root / step.name).exists():
-        moved = stage.move_aside(root / step.name, root / REPLACED)
-        (moved / stage.LOCK).unlink()
+    made = root / step.name
+    if step.kind == "export" and made.exists() and not is_unfinished(made):
+        moved = stage.move_aside(made, root / REPLACED)
+        (moved / stage.LOCK).unlink(missing_ok=True)  # there is none in a bucket
     return moved
 
 
@@ -311,7 +321,8 @@ def _chosen(steps: Sequence[Step], select: Selection) -> list[str]:
 def _state(step: Step, root: Path) -> str:
     """`done`, `half done` or `new`, by what lies in the directory."""
     directory = state_dir(step, root)
-    taken_away = step.kind == "export" and not (root / step.name).exists()
+    made = root / step.name
+    taken_away = step.kind == "export" and (is_unfinished(made) or not made.exists())
     if stage.read_done(directory) and not taken_away:
         return "done"
     return "half done" if (directory / stage.CONFIG).is_file() else "new"

@@ -22,9 +22,12 @@ from typing import Any
 from nemojax.arch import ArchSpec
 from nemojax.buckets import (
     check_bucket,
+    clear_unfinished,
     directory,
     files_below,
     is_bucket,
+    is_unfinished,
+    move_tree,
     names_in,
     place,
     version,
@@ -93,6 +96,7 @@ def expect_one_process(name: str) -> None:
 
 def _begin(workdir: Path, wanted: Mapping[str, Any], held: contextlib.ExitStack) -> dict[str, Any] | None:
     """The result of a finished stage; else None, and the directory belongs to this run and is locked."""
+    clear_unfinished(workdir)  # `move_aside` has copied it
     _check_owner(workdir, wanted)
     workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(workdir))
@@ -232,10 +236,11 @@ def move_aside(workdir: Path, replaced: Path) -> Path:
     """Moves a stage's directory to the first free `replaced/<name>-<n>` and returns where it went."""
     replaced.mkdir(parents=True, exist_ok=True)
     n = 1
-    while (target := replaced / f"{workdir.name}-{n}").exists():
+    while (target := replaced / f"{workdir.name}-{n}").exists() and not is_unfinished(target):
         n += 1
+    clear_unfinished(target)
     with locked(workdir):
-        shutil.move(workdir, target)
+        move_tree(workdir, target) if is_bucket(workdir) else shutil.move(workdir, target)
     return target
 
 

@@ -4,7 +4,8 @@ Import streams: Orbax is handed arrays that read their tensor when they are writ
 a bounded batch (`store.LAZY_BYTES`, or the largest tensor). Export reads one output shard at a time. Several
 processes share out the tensors of an import and the files of an export. The original config.json and
 generation_config.json stay beside the architecture, in `ARTIFACT/hf/`, so that an unchanged model is exported
-key by key as it came. Both write under a temporary name and rename, but for an import into a bucket.
+key by key as it came. Both write under a temporary name and rename; in a bucket, which cannot, under the name
+itself, with a file UNFINISHED until all is there.
 """
 
 from __future__ import annotations
@@ -12,16 +13,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from nemojax.arch import ArchSpec, load_arch
-from nemojax.buckets import absolute, check_bucket, copy_file, directory, is_bucket, place, remove_tree
+from nemojax.buckets import (
+    UNFINISHED,
+    absolute,
+    check_bucket,
+    clear_unfinished,
+    copy_file,
+    is_bucket,
+    place,
+    remove_tree,
+    write_text,
+)
 from nemojax.checkpoints import decilm, hf_fp8, hf_weights, side_files
 from nemojax.checkpoints.artifact import Checkpoints, params_reader
 from nemojax.checkpoints.hf_config import FORMATS, Format, arch_from_config, choose_format, config_from_arch
@@ -48,8 +58,8 @@ def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str
     """Makes an artifact of a Llama or DeciLM checkpoint: a directory, or a hub name (with `revision`).
 
     dtypes are kept; FP8 weights become numbers of the dtype of the embedding. ValueError names the key,
-    tensor or file that is not as expected; nothing is left then. In a bucket a process that is killed leaves
-    what it wrote, an artifact without a checkpoint.
+    tensor or file that is not as expected; nothing is left then. What a killed process leaves in a bucket, an
+    artifact without a checkpoint, is replaced by the next import.
     """
     source = _find_source(src, revision)
     target = absolute(artifact)
@@ -84,15 +94,16 @@ def export_hf(
     step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: hf_fp8.Dtype = "stored",
+    finish: Callable[[Path, Exported], None] = lambda written, exported: None,
 ) -> Exported:
     """Writes a directory for transformers, vLLM, TensorRT-LLM or llama.cpp (`llama`, `decilm`) or NVIDIA
     Model Optimizer (`anymodel`); `auto` is llama when all layers are equal, else decilm.
 
-    `out` is a directory of this machine. `step` defaults to the newest. `dtype` fp8 rounds block matrices to
-    e4m3, with what else there is in bf16 (`hf_fp8`). ValueError names layer and value of what the format
-    cannot say.
+    `step` defaults to the newest. `dtype` fp8 rounds block matrices to e4m3, with what else there is in bf16
+    (`hf_fp8`). finish: adds to the directory before that has its name. ValueError names layer and value of
+    what the format cannot say.
     """
-    artifact, target = absolute(artifact), directory(out).absolute()
+    artifact, target = absolute(artifact), absolute(out)
     check_bucket(artifact)
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"format: expected auto, {', '.join(FORMATS)}, got {format!r}")
@@ -115,18 +126,21 @@ def export_hf(
     weights = hf_weights.weights_of(arch)
 
     def write_small_files(partial: Path) -> None:
-        side_files.write_json(partial / "config.json", config)
         if generation := side_files.generation_config(artifact, ids):
             side_files.write_json(partial / "generation_config.json", generation)
         side_files.export_tokenizer(artifact / "tokenizer", partial)
         if kind == "decilm":
             _copy_model_code(partial)
 
+    warnings = tuple(decilm.loader_warnings(arch)) if kind == "decilm" else ()
     with _new_directory(target) as partial:
         on_primary(lambda: write_small_files(partial))
         count, size = _write_weights(partial, reader, weights, max_shard_bytes, dtype)
-    warnings = tuple(decilm.loader_warnings(arch)) if kind == "decilm" else ()
-    return Exported(target, kind, count, size, warnings)
+        done = Exported(target, kind, count, size, warnings)
+        on_primary(lambda: finish(partial, done))
+        # last, as nothing reads weights without it
+        on_primary(lambda: side_files.write_json(partial / "config.json", config))
+    return done
 
 
 def _choose(arch: ArchSpec, original: dict[str, Any] | None) -> Format:
@@ -171,7 +185,7 @@ def _write_weights(
 def _copy_model_code(out: Path) -> None:
     code = Path(__file__).parent / "hf_files"
     for name in ("configuration_decilm.py", "modeling_decilm.py"):
-        shutil.copyfile(code / name, out / name)
+        copy_file(code / name, out / name)
 
 
 def _dtype_name(reader: Reader) -> str:
@@ -198,15 +212,17 @@ def _find_source(src: str | os.PathLike, revision: str | None) -> Path:
 def _new_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target` when the body succeeds and vanishes when it does not.
 
-    A bucket has no names to change: there it is `target`, of which the checkpoint is finished last. Several
-    processes have the same one.
+    A bucket has no names to change: there it is `target`, which is `UNFINISHED` until then; what a killed
+    process left so is removed. Several processes have the same one.
     """
 
     def begin() -> str:
         check_bucket(target)
+        clear_unfinished(target)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"{target}: already exists; remove it or choose another name")
         if is_bucket(target):
+            write_text(target / UNFINISHED, "")
             return str(target)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         remove_tree(partial, ignore_errors=True)
@@ -216,10 +232,13 @@ def _new_directory(target: Path) -> Iterator[Path]:
             raise ValueError(f"{target}: could not write ({error.strerror or error})") from error
         return str(partial)
 
+    def end() -> None:
+        (partial / UNFINISHED).unlink() if partial == target else partial.rename(target)
+
     partial = place(on_primary(begin))
     try:
         yield partial
-        on_primary(lambda: None if partial == target else str(partial.rename(target)))
+        on_primary(end)
     except BaseException as error:
         if is_primary():
             _remove(partial)
@@ -235,6 +254,8 @@ def _remove(failed: Path) -> None:
     """Removes the directory of a failed save, and what Orbax's other writers still make in it meanwhile."""
     gone = 0
     for _ in range(100):
+        with contextlib.suppress(Exception):
+            clear_unfinished(failed)
         remove_tree(failed, ignore_errors=True)
         gone = 0 if failed.exists() else gone + 1
         if gone == 6:

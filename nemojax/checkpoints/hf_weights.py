@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
+from nemojax.buckets import is_bucket, whole_file
 from nemojax.checkpoints.artifact import layer_shapes, outer_shapes
 from nemojax.checkpoints.store import LazyArray
 from nemojax.hosts import of_all, on_primary
@@ -208,18 +209,12 @@ def write_shards(
     Of several processes each writes its share of the files, and all return the same. `read` gives the tensors
     of a shard by name, and may add others. OSError when one cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     weight_map: dict[str, str] = {}
     total = 0
     for i in range(jax.process_index(), len(shards), jax.process_count()):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = read(shards[i])
-        try:
-            save_file(tensors, str(out / file), metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{file}: {error}") from error
+        _save(tensors, out / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
     written = of_all([weight_map, total])
@@ -228,6 +223,20 @@ def write_shards(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     on_primary(lambda: (out / INDEX).write_text(json.dumps(index, indent=2) + "\n"))
     return total
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        if is_bucket(path):
+            with whole_file(path) as held:
+                save_file(tensors, held.name, metadata={"format": "pt"})
+        else:
+            save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _file_of_each(directory: Path) -> dict[str, str]:

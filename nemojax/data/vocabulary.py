@@ -34,7 +34,9 @@ def _spec(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer as its library writes it, which does not depend on who wrote the file."""
     import tokenizers
 
-    return json.loads(tokenizers.Tokenizer.from_file(str(tokenizer.path / "tokenizer.json")).to_str())
+    return json.loads(
+        tokenizers.Tokenizer.from_buffer((tokenizer.path / "tokenizer.json").read_bytes()).to_str()
+    )
 
 
 def _added(spec: Mapping[str, Any]) -> dict[str, list[Any]]:

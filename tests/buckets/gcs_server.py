@@ -1,7 +1,8 @@
 """`python -m tests.buckets.gcs_server start ...`: gcp-storage-emulator, with generations for tensorstore.
 
 The emulator numbers an object's generations, but neither names them beside an object's contents nor heeds the
-conditions on them by which a client reads what has changed, and writes only what has not.
+conditions on them by which a client reads what has changed, and writes only what has not. Nor does it know
+ranges that are counted from the end.
 """
 
 from http import HTTPStatus
@@ -35,6 +36,21 @@ def generation(storage, bucket, name):
         return "0"
 
 
+def with_last_bytes(handle):
+    def handler(request, response, storage, *args, **kwargs):
+        header, asked = request.get_header, request.get_header("range", None) or ""
+        if asked.startswith("bytes=-"):
+            data = storage.get_file(request.params["bucket_name"], request.params["object_id"])
+            first = max(0, len(data) - int(asked.removeprefix("bytes=-")))
+            request.get_header = lambda name, *rest: (
+                f"bytes={first}-" if name == "range" else header(name, *rest)
+            )
+        handle(request, response, storage, *args, **kwargs)
+
+    return handler
+
+
+objects.download = with_last_bytes(objects.download)
 for verb in ("get", "insert", "delete", "download"):  # before the server takes them up
     setattr(objects, verb, with_conditions(getattr(objects, verb)))
 

@@ -6,6 +6,7 @@ import pytest
 
 from nemojax import buckets, cli
 from nemojax.buckets import place
+from nemojax.checkpoints import hf
 from nemojax.checkpoints.artifact import Checkpoints, finished_steps, load_model, load_params, save_params
 from nemojax.checkpoints.hf import export_hf, import_hf
 from nemojax.data.tokenizer import load_tokenizer
@@ -54,5 +55,40 @@ def test_an_artifact_there_and_back(bucket, model, tmp_path, capsys):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert cli.main(["import", str(tmp_path / "hf"), f"{bucket}/imported"]) == 2
     assert f"{bucket}/imported: already exists; remove it" in capsys.readouterr().err
+    assert cli.main(["export", f"{bucket}/imported", f"{bucket}/hf", "--max_shard_bytes=9000"]) == 0
+    export_hf(model.folder, tmp_path / "shards", max_shard_bytes=9000)
+    there = {file.name: file.read_bytes() for file in buckets.files_below(place(f"{bucket}/hf"))}
+    assert there == {file.name: file.read_bytes() for file in (tmp_path / "shards").iterdir()}
+    assert sum(name.endswith(".safetensors") for name in there) > 2
     assert cli.main(["export", f"{bucket}/imported", f"{bucket}/hf"]) == 2
-    assert f"{bucket}/hf: expected a path on this machine" in capsys.readouterr().err
+    assert f"{bucket}/hf: already exists; remove it or choose" in capsys.readouterr().err
+
+
+def test_what_a_killed_process_leaves_is_replaced(bucket, model, tmp_path, monkeypatch):
+    """Killed before the checkpoint is begun, and when it is whole: nobody else's files go."""
+
+    class Killed(BaseException):
+        pass
+
+    close = Checkpoints.close
+
+    def killed(checkpoints, *_):
+        close(checkpoints)
+        raise Killed
+
+    export_hf(model.folder, tmp_path / "hf")
+    where = place(f"{bucket}/killed")
+    for name in ("save", "close"):
+        with monkeypatch.context() as patch:
+            patch.setattr(hf, "_remove", lambda path: None)  # a killed process removes nothing
+            patch.setattr(Checkpoints, name, killed)
+            with pytest.raises(Killed):
+                import_hf(tmp_path / "hf", where)
+        assert {buckets.UNFINISHED, "arch.json"} <= buckets.names_in(where)
+    import_hf(tmp_path / "hf", where)
+    assert buckets.UNFINISHED not in buckets.names_in(where)
+    assert equal(load_model(where)[1], model.params)
+    (place(f"{bucket}/mine") / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match=f"^{bucket}/mine: already exists"):
+        import_hf(tmp_path / "hf", f"{bucket}/mine")
+    assert buckets.names_in(place(f"{bucket}/mine")) == {"thesis.txt"}
