@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 import jax
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 from nemojax.arch import ArchSpec
 from nemojax.backends.kernels import jit
 from nemojax.backends.speed import Clock
-from nemojax.buckets import is_bucket, place
+from nemojax.buckets import copy_file, files_below, is_bucket, place
 from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.checkpoints.training import TrainState, init_state
@@ -390,22 +391,20 @@ class Sigterm:
 
 
 class _Profiler:
-    """Writes a trace of steps first:last to workdir/profile."""
+    """Writes a trace of steps first:last to workdir/profile; in a bucket it arrives as a whole."""
 
     def __init__(self, steps: str, workdir: Path):
         self.first, self.last, self.dir = -1, -1, workdir / "profile"
-        self.running = False
+        self.running, self.held = False, TemporaryDirectory() if is_bucket(workdir) and steps else None
         if steps:
             try:
                 self.first, self.last = (int(s) for s in steps.split(":"))
             except ValueError:
                 raise ValueError(f"profile_steps: expected first:last such as 10:13, got {steps!r}") from None
-            if is_bucket(workdir):
-                raise ValueError(f"profile_steps: expected a --workdir on this machine, got {workdir}")
 
     def at(self, step: int) -> None:
         if step == self.first:
-            jax.profiler.start_trace(str(self.dir))
+            jax.profiler.start_trace(self.held.name if self.held else str(self.dir))
             self.running = True
         elif self.running and step > self.last:
             self._stop()
@@ -413,6 +412,9 @@ class _Profiler:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self.running = False
+        if self.held:
+            for file in files_below(Path(self.held.name)):
+                copy_file(file, self.dir / file.relative_to(self.held.name))
 
     def __enter__(self) -> _Profiler:
         return self
@@ -420,3 +422,5 @@ class _Profiler:
     def __exit__(self, *_: Any) -> None:
         if self.running:
             self._stop()
+        if self.held:
+            self.held.cleanup()

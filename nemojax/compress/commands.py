@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemojax.buckets import place, write_text
 from nemojax.commands import Parser
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _sweep(
     objective = getattr(hows[0], side)
     series = {how.method: sweep(table, name, values, how, bounds) for how in hows}
     if args.plot:
-        _write(args.plot, standalone(plot_sweep(name, objective, series)))
+        write_text(place(args.plot), standalone(plot_sweep(name, objective, series)))
     if args.json:
         points = {method: [_point(table, p) for p in some] for method, some in series.items()}
         print(_dumps({side: objective, "sweep": name, "points": points}))
@@ -257,10 +257,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: str, text: str) -> None:
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(partial, path)

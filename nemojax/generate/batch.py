@@ -14,13 +14,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from nemojax.buckets import directory
+from nemojax import buckets
 from nemojax.config import field, from_dict, to_dict
 from nemojax.data.chat import conversation_from_row
 from nemojax.data.sources import read_jsonl_rows
@@ -131,14 +131,25 @@ def run(
     "reasoning" (null without think tags) and "answer", "finish_reason" ("stop", "length" or "tool_calls"),
     "num_tokens" (those new), "prompt_tokens", with `tools` "tool_calls", with `logprobs` "tokens" and
     "logprobs" (null where a server does not tell), with `top_logprobs` "top". `OUT.config.json` says what
-    the output was made of. A sample's randomness depends on the row's own seed or else on seed and the row's
-    place, and on its own index, alone.
+    the output was made of. Either file may be in a bucket. A sample's randomness depends on the row's own
+    seed or else on seed and the row's place, and on its own index, alone.
 
     Returns {"prompts", "rows", "rows_before" (found in place), "tokens" (made now)}. ValueError, before
     anything is written, for bad rows (file and line), prompts that fill the context, an artifact that lacks
     something, and an `out` that something else made or is making.
     """
-    prompts, out = directory(prompts), directory(out)
+    with output.at_hand(buckets.place(prompts), buckets.place(out)) as (here, there, send):
+        return _run(artifact, here, there, cfg, quiet, send)
+
+
+def _run(
+    artifact: str | Path,
+    prompts: Path,
+    out: Path,
+    cfg: GenerateConfig,
+    quiet: bool,
+    send: Callable[[], None],
+) -> dict[str, int]:
     with contextlib.closing(_open(artifact, cfg)) as source:
         output.check_paths(prompts, out)
         asked = load_requests(prompts, cfg)
@@ -157,7 +168,7 @@ def run(
                 file.truncate(size)
                 waiting = output.Ahead(out, keys, done)
                 with output.Progress(len(asked), quiet, every=source.quiet_seconds) as progress:
-                    tokens = _write(file, waiting, source, groups, done, cfg, progress)
+                    tokens = _write(file, waiting, source, groups, done, cfg, progress, send)
                 waiting.remove()
     return {
         "prompts": len(asked),
@@ -179,6 +190,7 @@ def _write(
     done: int,
     cfg: GenerateConfig,
     progress: output.Progress,
+    send: Callable[[], None],
 ) -> int:
     """Answers the groups after the first `done`, but for those that came ahead; returns the new tokens."""
     left = [place for place in range(done, len(groups)) if place not in ahead]
@@ -204,6 +216,7 @@ def _write(
         new = sum(row["num_tokens"] for row in rows)
         tokens += new
         progress.advance(len(group), new)
+        send()
     assert place == len(groups)
     return tokens
 

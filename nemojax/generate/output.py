@@ -11,16 +11,20 @@ import fcntl
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from nemojax.buckets import check_bucket, copy_file, is_bucket
 from nemojax.log import TOKENS_PER_SECOND, describe_progress
 
 SIDECAR = ".config.json"  # beside the output: what it was made of
 AHEAD = ".ahead.jsonl"  # beside it: answers that came before those of earlier prompts
+
+_SEND_SECONDS = 30
 
 Row = dict[str, Any]
 Key = tuple[str | int, int]  # a prompt's id and the number of a sample
@@ -35,6 +39,67 @@ def check_paths(prompts: Path, out: Path) -> None:
     ours = [path.resolve() for path in (out, sidecar(out), ahead(out))]
     if prompts.resolve() in ours or out.exists() and out.samefile(prompts):
         raise ValueError(f"{out}: expected another file than the prompts, got the same; choose another --out")
+
+
+@contextlib.contextmanager
+def at_hand(prompts: Path, out: Path) -> Iterator[tuple[Path, Path, Callable[[], None]]]:
+    """Prompts and output as files of this machine, and what is called when rows have been written.
+
+    A bucket, to which nothing is appended, gets a copy of the output every 30 seconds and at the end.
+    """
+    with tempfile.TemporaryDirectory() as held:
+        folders = {
+            path.parent: Path(held) / f"{i}" for i, path in enumerate((out, prompts)) if is_bucket(path)
+        }
+        here = [folders.get(path.parent, path.parent) / path.name for path in (prompts, out)]
+        for path in (prompts, out, sidecar(out), ahead(out)):
+            if (folder := folders.get(path.parent)) is not None:
+                check_bucket(path)
+                folder.mkdir(exist_ok=True)
+                if path.is_file():
+                    copy_file(path, folder / path.name)
+        sender = _Sender(here[1], out)
+        try:
+            yield here[0], here[1], sender.maybe
+        except ValueError as error:  # it may name a copy
+            if not folders:
+                raise
+            text = str(error)
+            for there, folder in folders.items():
+                text = text.replace(str(folder), str(there))
+            raise ValueError(text) from error
+        finally:
+            failing = sys.exc_info()[0] is not None
+            with contextlib.suppress(*[Exception] * failing):  # what is failing already is what to tell
+                sender.send()
+
+
+class _Sender:
+    """Copies what has been written here to where it belongs; does nothing where that is here."""
+
+    def __init__(self, here: Path, there: Path):
+        self._here, self._there = here, there
+        self._sent, self._sent_at = self._versions(), time.monotonic()
+
+    def maybe(self) -> None:
+        if time.monotonic() - self._sent_at > _SEND_SECONDS:
+            self.send()
+
+    def send(self) -> None:
+        if self._here == self._there:
+            return
+        versions = self._versions()
+        for name, version in versions.items():  # the output last: what says whose it is stands beside it
+            if version != self._sent.get(name):
+                copy_file(self._here.with_name(name), self._there.with_name(name))
+        for name in self._sent.keys() - versions.keys():
+            self._there.with_name(name).unlink(missing_ok=True)
+        self._sent, self._sent_at = versions, time.monotonic()
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        files = (sidecar(self._here), ahead(self._here), self._here)
+        stats = {path.name: path.stat() for path in files if path.is_file()}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def sidecar(out: Path) -> Path:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from nemojax import buckets, pretrain, sft, tokenizer
+from nemojax import buckets, cli, pretrain, sft, tokenizer
 from nemojax.arch import BlockSpec, NoOp
 from nemojax.buckets import place
 from nemojax.checkpoints.artifact import finished_steps, load_params, save_params
@@ -45,6 +45,10 @@ def test_a_training_and_what_follows(bucket, model, tmp_path):
     done = read_done(f"{bucket}/pretrain")
     assert done == read_done(f"{bucket}/pretrain") and pretrain.run(cfg, f"{bucket}/pretrain") == here
     assert read_done(f"{bucket}/pretrain") == done  # answered from DONE
+    traced = pretraining(model.folder, profile_steps="2:3")
+    assert pretrain.run(traced, f"{bucket}/traced") == here
+    names = [file.name for file in buckets.files_below(place(f"{bucket}/traced/profile"))]
+    assert any(name.endswith(".xplane.pb") for name in names)
     with pytest.raises(
         OtherRun, match=r"pretrain: the work directory of another run, which differs in fit.steps"
     ):
@@ -92,6 +96,9 @@ def test_a_compression(bucket, model, tmp_path):
     table = place(f"{bucket}/compress") / "table.json"
     assert json.loads(table.read_text()) == json.loads((tmp_path / "here" / "table.json").read_text())
     assert load_table(str(table)).layers
+    plot = place(f"{bucket}/front.svg")
+    search = ["search", str(table), "--sweep=params:9000,12000,15000", f"--plot={plot}"]
+    assert cli.main(search) == 0 and plot.read_text().startswith("<svg")
     windows = from_dict(compress.Config, values | {"bld": {"steps": 2, "window": 1}})
     assert {**compress.run(windows, f"{bucket}/windows"), "seconds": 0} == {**here, "seconds": 0}
     assert equal(load_params(f"{bucket}/windows")[1], child)
