@@ -55,7 +55,8 @@ class Exported:
 
 @failing_together()
 def import_hf(src: str | os.PathLike, artifact: str | os.PathLike, revision: str | None = None) -> ArchSpec:
-    """Makes an artifact of a Llama or DeciLM checkpoint: a directory, or a hub name (with `revision`).
+    """Makes an artifact of a Llama or DeciLM checkpoint: a directory, here or in a bucket, or a hub name
+    (with `revision`).
 
     dtypes are kept; FP8 weights become numbers of the dtype of the embedding. ValueError names the key,
     tensor or file that is not as expected; nothing is left then. What a killed process leaves in a bucket, an
@@ -194,10 +195,11 @@ def _dtype_name(reader: Reader) -> str:
 
 
 def _find_source(src: str | os.PathLike, revision: str | None) -> Path:
-    path = Path(src)
+    check_bucket(src)
+    path = absolute(src)
     if path.is_dir():
-        return path.absolute()
-    if path.exists() or str(src).startswith((".", "/", "~")) or str(src).count("/") != 1:
+        return path
+    if path.exists() or is_bucket(src) or str(src).startswith((".", "/", "~")) or str(src).count("/") != 1:
         raise ValueError(f"{src}: expected a model directory or a hub name such as org/model, got neither")
     from huggingface_hub import snapshot_download
 

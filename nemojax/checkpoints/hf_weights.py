@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
-from nemojax.buckets import is_bucket, whole_file
+from nemojax.buckets import is_bucket, read_ranges, sizes_in, whole_file
 from nemojax.checkpoints.artifact import layer_shapes, outer_shapes
 from nemojax.checkpoints.store import LazyArray
 from nemojax.hosts import of_all, on_primary
@@ -137,15 +137,61 @@ class SafetensorsDir:
 
 
 def open_safetensors(path: Path) -> Any:
-    """A `safe_open` handle; ValueError when the file is missing, truncated or not safetensors."""
+    """A `safe_open` handle, or what is like one; ValueError when the file is missing, truncated or not
+    safetensors."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ValueError(f"{path}: no such file; download the checkpoint again")
     try:
+        if is_bucket(path):
+            return _InBucket(path)
         return safe_open(str(path), framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: corrupt safetensors file ({error}); download it again") from error
+
+
+class _InBucket:
+    """What is used of a `safe_open` handle, of a file in a bucket: each tensor is read as a range."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        [length] = read_ranges([(path, 0, 8)])
+        self._start = 8 + int.from_bytes(length, "little")
+        if self._start > (size := sizes_in(path.parent)[path.name]):
+            raise ValueError(f"a header of {self._start} bytes in {size}")
+        self._layout = json.loads(read_ranges([(path, 8, self._start)])[0])
+        self._layout.pop("__metadata__", None)
+        end = self._start + max((one["data_offsets"][1] for one in self._layout.values()), default=0)
+        if end != size:
+            raise ValueError(f"{end} bytes announced, {size} there")
+
+    def keys(self) -> list[str]:
+        return list(self._layout)
+
+    def get_slice(self, name: str) -> _InBucket.Slice:
+        from safetensors import SafetensorError
+
+        if name not in self._layout:
+            raise SafetensorError(f"{name}: no such tensor")
+        return self.Slice(self._layout[name]["shape"], self._layout[name]["dtype"])
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        one = self._layout[name]
+        first, last = (self._start + offset for offset in one["data_offsets"])
+        data = read_ranges([(self._path, first, last)])[0] if last > first else b""
+        return np.frombuffer(data, numpy_dtype(one["dtype"])).reshape(one["shape"])
+
+    @dataclasses.dataclass(frozen=True)
+    class Slice:
+        shape: list[int]
+        dtype: str
+
+        def get_shape(self) -> list[int]:
+            return self.shape
+
+        def get_dtype(self) -> str:
+            return self.dtype
 
 
 def match_weights(source: SafetensorsDir, arch: ArchSpec) -> list[Weight]:

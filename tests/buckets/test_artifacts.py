@@ -63,6 +63,36 @@ def test_an_artifact_there_and_back(bucket, model, tmp_path, capsys):
     assert cli.main(["export", f"{bucket}/imported", f"{bucket}/hf"]) == 2
     assert f"{bucket}/hf: already exists; remove it or choose" in capsys.readouterr().err
 
+    assert cli.main(["import", f"{bucket}/hf", str(tmp_path / "back")]) == 0
+    assert load_model(tmp_path / "back")[0] == model.arch
+    assert equal(load_model(tmp_path / "back")[1], model.params)
+    assert cli.main(["export", f"{bucket}/imported", f"{bucket}/fp8", "--dtype=fp8"]) == 0
+    export_hf(f"{bucket}/imported", tmp_path / "fp8", dtype="fp8")
+    for name, source in (("there", f"{bucket}/fp8"), ("here", tmp_path / "fp8")):
+        import_hf(source, tmp_path / name)
+    assert equal(load_model(tmp_path / "there")[1], load_model(tmp_path / "here")[1])
+
+
+def test_a_damaged_checkpoint(bucket, model, tmp_path):
+    export_hf(model.folder, tmp_path / "hf")
+    file = "model-00001-of-00001.safetensors"
+    whole = (tmp_path / "hf" / file).read_bytes()
+    for number, (data, message) in enumerate(
+        (
+            (whole[:-10], f"{file}: corrupt safetensors file .*bytes announced"),
+            (b"\xff" * 64, f"{file}: corrupt safetensors file .*a header of"),
+            (whole.replace(b"model.norm.weight", b"model.nxrm.weight"), "model.norm.weight"),
+        )
+    ):
+        there = place(f"{bucket}/damaged{number}")
+        for name in buckets.names_in(tmp_path / "hf"):
+            (there / name).write_bytes(data if name == file else (tmp_path / "hf" / name).read_bytes())
+        with pytest.raises(ValueError, match=message):
+            import_hf(str(there), tmp_path / "none")
+    with pytest.raises(ValueError, match=f"{bucket}/nothing: expected a model directory or a hub name"):
+        import_hf(f"{bucket}/nothing", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
 
 def test_what_a_killed_process_leaves_is_replaced(bucket, model, tmp_path, monkeypatch):
     """Killed before the checkpoint is begun, and when it is whole: nobody else's files go."""

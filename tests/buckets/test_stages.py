@@ -184,3 +184,15 @@ def test_two_processes(bucket, model, tmp_path):
     assert len(mine) == len(theirs) == 4
     np.testing.assert_allclose(theirs, mine, rtol=1e-5)
     assert load_params(f"{bucket}/two")[0] == load_params(tmp_path / "one")[0]
+    for command, source, target in (
+        ("export", f"{bucket}/two", f"{bucket}/hf"),
+        ("import", f"{bucket}/hf", f"{bucket}/imported"),
+    ):
+        more = ["--max_shard_bytes=1"] if command == "export" else []
+        done = subprocess.run(
+            ["bash", str(LAUNCHER), "2", command, source, target, *more],
+            env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert buckets.UNFINISHED not in buckets.names_in(place(f"{bucket}/hf"))
+    assert equal(load_params(f"{bucket}/imported")[1], load_params(f"{bucket}/two")[1])
