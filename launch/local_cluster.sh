@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Usage: bash launch/local_cluster.sh N [--devices=D] STAGE --config=FILE.py --workdir=DIR [--config.a.b=value ...]
 #        bash launch/local_cluster.sh N import HF_DIR ARTIFACT | export ARTIFACT HF_DIR
+#        bash launch/local_cluster.sh N generate ARTIFACT --prompts=FILE.jsonl --out=FILE.jsonl
 # A cluster on this machine: N processes with D virtual CPU devices each (1), which meet over loopback and
-# talk through gloo. Each writes to DIR.process<i>.log (of a bucket, in this directory).
-# SIGTERM and Ctrl-C go to all of them: they write a
-# checkpoint, and this exits with 75, which means "run again to resume", with any N and D. When one ends with
+# talk through gloo. Each writes to DIR.process<i>.log or OUT.process<i>.log (of a bucket, in this directory).
+# SIGTERM and Ctrl-C go to all of them: they write a checkpoint, and this exits with 75, which means "run again to resume", with any N and D. When one ends with
 # an error the others follow within about a minute; this says which it was, and exits with 2.
 set -uo pipefail
 
@@ -24,7 +24,7 @@ if [[ "${1:-}" == --devices=* ]]; then
   shift
 fi
 for argument in "$@"; do
-  [[ "$argument" == --workdir=?* ]] && WORKDIR="${argument#*=}"
+  [[ "$argument" == --workdir=?* || "$argument" == --out=?* ]] && WORKDIR="${argument#*=}"
 done
 if [ "${1:-}" = import ] || [ "${1:-}" = export ]; then
   PLACES=()

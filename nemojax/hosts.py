@@ -119,6 +119,12 @@ def start_processes() -> None:
         raise ValueError(f"{who}: cannot start at {where} ({_line(failures[0])})") from failures[0]
 
 
+def expect_one_process(name: str) -> None:
+    """ValueError when the environment starts several processes of something that one alone can do."""
+    if process_arguments(os.environ) is not None:
+        raise ValueError(f"{name}: expected one process, got several; it does not split its work, start one")
+
+
 def is_primary() -> bool:
     """Whether this process keeps the books (logs, configurations, small files) of a run."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0

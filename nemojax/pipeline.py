@@ -76,7 +76,9 @@ def run(steps: Sequence[Step], workdir: str | os.PathLike, select: Selection = S
     A stage that is done is skipped, a half-done one resumed; one whose configuration or inputs have changed
     is moved to `replaced/` and run afresh. An error names its stage.
     """
-    stage.expect_one_process("run")
+    from nemojax import hosts  # jax takes a second to load
+
+    hosts.expect_one_process("run")
     root = normal(workdir)
     check_bucket(root)
     chosen = _chosen(steps, select)

@@ -73,7 +73,7 @@ def run_stage(
     if many_processes:
         hosts.start_processes()
     else:
-        expect_one_process(name)
+        hosts.expect_one_process(name)
     workdir = place(workdir) if buckets else directory(workdir)
     with hosts.failing_together(), contextlib.ExitStack() as held:
         hosts.on_primary(lambda: check_bucket(workdir))
@@ -84,14 +84,6 @@ def run_stage(
         start = time.perf_counter()
         result = to_dict(dict(body(workdir)))
         return hosts.on_primary(lambda: _finish(workdir, wanted, result, time.perf_counter() - start))
-
-
-def expect_one_process(name: str) -> None:
-    """ValueError when the environment starts several processes of something that one alone can do."""
-    from nemojax import hosts
-
-    if hosts.process_arguments(os.environ) is not None:
-        raise ValueError(f"{name}: expected one process, got several; it does not split its work, start one")
 
 
 def _begin(workdir: Path, wanted: Mapping[str, Any], held: contextlib.ExitStack) -> dict[str, Any] | None:

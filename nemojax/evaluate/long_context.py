@@ -32,7 +32,7 @@ from nemojax.evaluate.haystack import PLACED, Draft, HaystackConfig, Pieces, Tas
 from nemojax.generate.local import LocalGenerator, Model, batch_config, prepared
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import answered
+from nemojax.generate.shares import answered, share
 from nemojax.losses.tokens import logits_of, over_chunks, token_logps
 from nemojax.model.llama import Compute, Params, final_norm, head_weight, hidden
 from nemojax.sharding import place_batch, use_mesh, ways_of
@@ -237,7 +237,7 @@ def ask_all(model: Model, cfg: LongContextConfig, ready: Model | None = None) ->
 
 def _shared(model: Model, samples: Sequence[Sample], slots: int) -> list[Record]:
     """`ask` of a model whose weights each process has on its own devices, and a share of the samples."""
-    local = LocalGenerator(model, batch_config(model, len(samples), samples[0].length, slots))
+    local = LocalGenerator(model, batch_config(model, share(len(samples)), samples[0].length, slots))
     return answered(len(samples), 1, lambda mine: ask(local, [samples[i] for i in mine]))
 
 

@@ -21,7 +21,7 @@ from nemojax.data import problems
 from nemojax.generate.local import LocalGenerator, Model, batch_config, encode_request, prepared
 from nemojax.generate.protocol import Generator, Request
 from nemojax.generate.sampling import SamplingConfig
-from nemojax.generate.shares import answered
+from nemojax.generate.shares import answered, share
 from nemojax.rewards.problems import MODES, ProblemSet, Question, Thinking, grade, load_problems
 
 Record = dict[str, Any]
@@ -51,7 +51,7 @@ def ask_all(model: Model, cfg: TasksConfig) -> list[Record]:
     model = prepared(model)
     requests = [request for _, request in _make_requests(cfg)]
     room = max(len(encode_request(model, request)) for request in requests) + cfg.max_new_tokens
-    engine = batch_config(model, len(requests) * cfg.samples, room, cfg.max_batch)
+    engine = batch_config(model, share(len(requests)) * cfg.samples, room, cfg.max_batch)
     local = LocalGenerator(model, engine)
     return answered(len(requests), 1, lambda mine: ask(local, cfg, mine))
 

@@ -2,9 +2,9 @@
 resumably (`run`).
 
 With an artifact a file is worked through in chunks of prompts. The boundaries depend on nothing but the
-rows' order, each chunk has an engine of its own, and it is written whole. So the output does not show where
-a run was interrupted. A server's answers come in any order: each row is written as soon as all before it
-are, and those that came before their turn are kept beside the output.
+rows' order, each chunk has an engine of its own, and it is written whole. So the output shows neither where
+a run was interrupted nor how many processes shared the chunks. A server's answers come in any order: each row
+is written as soon as all before it are, and those that came before their turn are kept beside the output.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
-from nemojax import buckets
+import jax
+
+from nemojax import buckets, hosts
 from nemojax.config import field, from_dict, to_dict
 from nemojax.data.chat import conversation_from_row
 from nemojax.data.sources import read_jsonl_rows
@@ -132,44 +134,62 @@ def run(
     "num_tokens" (those new), "prompt_tokens", with `tools` "tool_calls", with `logprobs` "tokens" and
     "logprobs" (null where a server does not tell), with `top_logprobs` "top". `OUT.config.json` says what
     the output was made of. Either file may be in a bucket. A sample's randomness depends on the row's own
-    seed or else on seed and the row's place, and on its own index, alone.
+    seed or else on seed and the row's place, and on its own index, alone. Several processes with an artifact
+    take chunks in turn, each with all the weights on its own devices; all read the prompts, one writes.
 
     Returns {"prompts", "rows", "rows_before" (found in place), "tokens" (made now)}. ValueError, before
     anything is written, for bad rows (file and line), prompts that fill the context, an artifact that lacks
     something, and an `out` that something else made or is making.
     """
-    with output.at_hand(buckets.place(prompts), buckets.place(out)) as (here, there, send):
-        return _run(artifact, here, there, cfg, quiet, send)
+    if is_address(artifact):
+        hosts.expect_one_process("generate from a server")
+    else:
+        hosts.start_processes()
+    with (
+        hosts.failing_together(),
+        output.at_hand(buckets.place(prompts), buckets.place(out)) as (here, there, send),
+        contextlib.closing(_open(artifact, cfg)) as source,
+    ):
+        return _run(source, here, there, cfg, quiet, send)
 
 
 def _run(
-    artifact: str | Path,
-    prompts: Path,
-    out: Path,
-    cfg: GenerateConfig,
-    quiet: bool,
-    send: Callable[[], None],
+    source: Source, prompts: Path, out: Path, cfg: GenerateConfig, quiet: bool, send: Callable[[], None]
 ) -> dict[str, int]:
-    with contextlib.closing(_open(artifact, cfg)) as source:
-        output.check_paths(prompts, out)
-        asked = load_requests(prompts, cfg)
-        source.check(asked)
-        groups = _groups(asked, source.group)
-        keys = [[(one.id, sample) for one in group for sample in range(cfg.n)] for group in groups]
-        record = _record(source, prompts, cfg)
+    output.check_paths(prompts, out)
+    asked = load_requests(prompts, cfg)
+    source.check(asked)
+    groups = _groups(asked, source.group)
+    keys = [[(one.id, sample) for one in group for sample in range(cfg.n)] for group in groups]
+    record = _record(source, prompts, cfg)
+
+    def before() -> tuple[int, bool]:
+        """Groups that are there, and whether that is not all there should be."""
         output.check_owner(out, record)
         done, size = output.whole_groups(out, keys)
-        tokens = 0
-        if done < len(groups) or size < out.stat().st_size:
-            source.load()  # before anything is written, for it may be damaged
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with output.opened(out, record) as file:
+        return done, done < len(groups) or size < out.stat().st_size
+
+    done, unfinished = hosts.on_primary(before)
+    tokens = 0
+    if unfinished:
+        source.load()  # before anything is written, for it may be damaged
+        with contextlib.ExitStack() as held:
+            file: FileIO | None = None
+
+            def begin() -> int:
+                nonlocal file
+                out.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(output.opened(out, record))
                 done, size = output.whole_groups(out, keys)  # nobody else can add to it now
                 file.truncate(size)
-                waiting = output.Ahead(out, keys, done)
-                with output.Progress(len(asked), quiet, every=source.quiet_seconds) as progress:
-                    tokens = _write(file, waiting, source, groups, done, cfg, progress, send)
-                waiting.remove()
+                return done
+
+            done = hosts.on_primary(begin)
+            waiting = output.Ahead(out, keys, done)
+            quiet = quiet or not hosts.is_primary()
+            progress = held.enter_context(output.Progress(len(asked), quiet, every=source.quiet_seconds))
+            tokens = _write(file, waiting, source, groups, done, cfg, progress, send)
+            waiting.remove()
     return {
         "prompts": len(asked),
         "rows": len(asked) * cfg.n,
@@ -183,7 +203,7 @@ def _groups(asked: Sequence[Asked], size: int) -> list[Sequence[Asked]]:
 
 
 def _write(
-    file: FileIO,
+    file: FileIO | None,
     ahead: output.Ahead,
     source: Source,
     groups: Sequence[Sequence[Asked]],
@@ -192,24 +212,27 @@ def _write(
     progress: output.Progress,
     send: Callable[[], None],
 ) -> int:
-    """Answers the groups after the first `done`, but for those that came ahead; returns the new tokens."""
+    """Answers the groups after the first `done`, but for those that came ahead, into `file`, which only the
+    primary process has; returns the new tokens."""
     left = [place for place in range(done, len(groups)) if place not in ahead]
     progress.start(sum(map(len, groups)) - sum(len(groups[place]) for place in left))
     tokens, place = 0, done
 
     def write_ready() -> None:
-        nonlocal place
         while (rows := ahead.pop(place)) is not None:
+            write(rows)
+
+    def write(rows: Sequence[Row]) -> None:
+        nonlocal place
+        if file is not None:
             output.append(file, rows)
-            place += 1
+        place += 1
 
     write_ready()
-    for index, answers in source.answers([groups[i] for i in left]):
+    for index, rows in _answered(source, [groups[i] for i in left], cfg):
         group = groups[left[index]]
-        rows = [row for one, few in zip(group, answers, strict=True) for row in _rows(one, few, cfg)]
         if left[index] == place:
-            output.append(file, rows)
-            place += 1
+            write(rows)
             write_ready()
         else:
             ahead.put(left[index], rows)
@@ -219,6 +242,25 @@ def _write(
         send()
     assert place == len(groups)
     return tokens
+
+
+def _answered(
+    source: Source, groups: Sequence[Sequence[Asked]], cfg: GenerateConfig
+) -> Iterator[tuple[int, list[Row]]]:
+    """(which group, its rows), as groups are done. Several processes answer one each, and tell each other."""
+
+    def found(some: Sequence[Sequence[Asked]]) -> Iterator[tuple[int, list[Row]]]:
+        for index, answers in source.answers(some):
+            pairs = zip(some[index], answers, strict=True)
+            yield index, [row for one, few in pairs for row in _rows(one, few, cfg)]
+
+    if (count := jax.process_count()) == 1:
+        yield from found(groups)
+        return
+    for start in range(0, len(groups), count):
+        mine = groups[start : start + count][jax.process_index() :][:1]
+        told = hosts.of_all([rows for _, rows in found(mine)])
+        yield from enumerate((rows for few in told for rows in few), start)
 
 
 def _rows(asked: Asked, answers: Sequence[Answer], cfg: GenerateConfig) -> list[Row]:

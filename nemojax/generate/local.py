@@ -167,9 +167,8 @@ def prepared(model: Model) -> Model:
 
 
 def batch_config(model: Reader, num_samples: int, room: int, max_batch: int) -> EngineConfig:
-    """An engine for this process's share of samples that are known beforehand, the longest with its prompt of
-    `room` tokens."""
-    slots = min(max_batch, _round_up(-(-num_samples // jax.process_count()), 8))
+    """An engine for so many samples, known beforehand, of which the longest takes `room` with its prompt."""
+    slots = min(max_batch, _round_up(num_samples, 8))
     return dataclasses.replace(BATCH, slots=slots, context=min(_round_up(room, 16), model.arch.context))
 
 

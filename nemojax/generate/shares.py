@@ -96,6 +96,11 @@ def generate_together(
     return [Completion(*found) for found in answered(len(prompts), group, answer)]
 
 
+def share(number: int) -> int:
+    """How many of so many requests a process answers at most."""
+    return -(-number // jax.process_count())
+
+
 def answered(number: int, group: int, answer: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
     """The answers to `number` requests in order, of which each process gives those of its own groups.
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from nemojax import cli
 from nemojax.checkpoints.artifact import load_params
 from nemojax.hosts import on_primary, process_arguments, start_processes
 from tests.processes.run import STEPS, Run, free_address, result
@@ -61,6 +62,14 @@ def test_one_process_starts_nothing(monkeypatch):
     start_processes()
     unserialisable = object()
     assert on_primary(lambda: unserialisable) is unserialisable
+
+
+def test_a_server_is_asked_by_one_process(monkeypatch, tmp_path, capsys):
+    for name, value in HERE.items():
+        monkeypatch.setenv(name, value)
+    out = ["--prompts=p.jsonl", f"--out={tmp_path / 'out.jsonl'}"]
+    assert cli.main(["generate", "http://127.0.0.1:1/v1", *out]) == 2
+    assert "generate from a server: expected one process, got several" in capsys.readouterr().err
 
 
 # --- real processes

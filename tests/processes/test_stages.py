@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -222,3 +223,34 @@ def test_importing_and_exporting_in_two_processes_equals_one(single, tmp_path):
         assert a.dtype == b.dtype and np.array_equal(a, b)
     names = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert names == ["artifact", "one", "two"]  # nothing half written
+
+
+@pytest.mark.slow
+def test_prompts_answered_in_two_processes_equal_one(single, tmp_path):
+    """Of three chunks one process has two. What a kill cut short goes on in both."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": "sort up " + "1 2 3 "[: 2 * i]}) + "\n" for i in range(5))
+    )
+    more = [f"--prompts={prompts}", "--n=2", "--max_new_tokens=8", "--logprobs", "--config.chunk=2"]
+
+    def answered_by(count: int, out: Path) -> str:
+        done = subprocess.run(
+            ["bash", str(LAUNCHER), str(count), "generate", str(single.workdir), *more, f"--out={out}"],
+            env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION, "NEMOJAX_VENV": sys.prefix},
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()[-1]
+
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert "rows=10 rows_before=0 tokens=80" in answered_by(1, one)
+    assert "rows=10 rows_before=0 tokens=80" in answered_by(2, two)
+    whole = one.read_text()
+    assert whole.count("\n") == 10 and two.read_text() == whole
+    two.write_text("".join(whole.splitlines(keepends=True)[:5]))
+    assert "rows=10 rows_before=4 tokens=48" in answered_by(2, two)
+    assert two.read_text() == whole
+    assert {path.name for path in tmp_path.glob("two*")} == {
+        "two.jsonl", "two.jsonl.config.json", "two.jsonl.process0.log", "two.jsonl.process1.log"
+    }  # fmt: skip
