@@ -19,12 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 UNFINISHED = "UNFINISHED"  # in a directory of a bucket while it is written or removed: later on, of no use
-_LAST = (
-    "commit_success.txt",
-    "index.json",
-    "cache.json",
-    "DONE",
-)  # say that what was written before is there
+# say that what was written before is there
+_LAST = ("commit_success.txt", "index.json", "cache.json", "DONE")
 _AT_ONCE = 64  # requests
 _PACKAGES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> (what opens it, our extra)
 

@@ -199,7 +199,7 @@ def _run_export(cfg: ExportConfig, workdir: Path) -> dict[str, Any]:
             made.rename(target)
         return result
 
-    return stage.run_stage("export", cfg, workdir, [cfg.artifact], body, buckets=True)
+    return stage.run_stage("export", cfg, workdir, [cfg.artifact], body)
 
 
 def _read_exported(target: Path) -> dict[str, Any] | None:

@@ -127,7 +127,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     inputs += input_files((*cfg.data.sources, *cfg.data.heldout))
     return run_stage(
         "pretrain", cfg, workdir, inputs, lambda path: _train(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

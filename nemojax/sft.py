@@ -80,7 +80,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     files = [file for path in named for file in local_files(path)]
     return run_stage(
         "sft", cfg, workdir, [cfg.model, *files], lambda path: _train(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from nemojax.arch import ArchSpec
 from nemojax.buckets import (
     check_bucket,
     clear_unfinished,
-    directory,
     files_below,
     is_bucket,
     is_unfinished,
@@ -56,14 +55,13 @@ def run_stage(
     body: Callable[[Path], Mapping[str, Any]],
     *,
     many_processes: bool = False,
-    buckets: bool = False,
 ) -> dict[str, Any]:
     """Runs `body(workdir)` unless it is done, and returns the stage's result (also in result.json).
 
     cfg: the stage's frozen dataclass. inputs: artifacts, directories or files that the stage reads; when
     one of them changes, the work directory no longer matches. many_processes: the body can run in several
-    at once; the primary then keeps the books, decides for all, and hands its result to all. buckets: it can
-    work in one (gs://, s3://), where nothing keeps two runs from one place at the same time.
+    at once; the primary then keeps the books, decides for all, and hands its result to all. In a bucket (gs://,
+    s3://) nothing keeps two runs from one place at the same time.
 
     ValueError when an input is missing, when another process is at work here, when there are more
     processes than the stage can use, or (`OtherRun`, nothing touched) when the directory is another run's.
@@ -74,7 +72,7 @@ def run_stage(
         hosts.start_processes()
     else:
         hosts.expect_one_process(name)
-    workdir = place(workdir) if buckets else directory(workdir)
+    workdir = place(workdir)
     with hosts.failing_together(), contextlib.ExitStack() as held:
         hosts.on_primary(lambda: check_bucket(workdir))
         wanted = hosts.on_primary(lambda: _record(name, cfg, inputs))

@@ -76,7 +76,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     inputs = [cfg.tokenizer, *input_files(cfg.sources)]
     return run_stage(
         "tokenize", recorded, workdir, inputs, lambda path: _tokenize(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

@@ -25,9 +25,7 @@ class Config:
 
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Trains `workdir/tokenizer`; returns sizes and the bytes of text in one token."""
-    return run_stage(
-        "tokenizer", cfg, workdir, input_files(cfg.sources), lambda path: _train(cfg, path), buckets=True
-    )
+    return run_stage("tokenizer", cfg, workdir, input_files(cfg.sources), lambda path: _train(cfg, path))
 
 
 def _train(cfg: Config, workdir: Path) -> dict[str, Any]:

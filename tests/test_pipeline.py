@@ -59,7 +59,7 @@ def calls(monkeypatch) -> Calls:
                 made.append(kind)
                 return {"size": cfg.size, "nested": {"read": len(cfg.source)}}
 
-            return run_stage(kind, cfg, workdir, [cfg.source] if cfg.source else [], body, buckets=True)
+            return run_stage(kind, cfg, workdir, [cfg.source] if cfg.source else [], body)
 
         fake = ModuleType(f"fake_{kind}")
         fake.__dict__.update(Config=Config, run=run)

@@ -85,7 +85,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     one after the other, held-out loss (nats a token) and latency. Also dependency.json and dependency.svg."""
     exact_matmuls(cfg.compute, "fuse")
     inputs = [cfg.model, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    return run_stage("fuse", cfg, workdir, inputs, lambda path: _fuse(cfg, path), buckets=True)
+    return run_stage("fuse", cfg, workdir, inputs, lambda path: _fuse(cfg, path))
 
 
 def _fuse(cfg: Config, workdir: Path) -> dict[str, Any]:

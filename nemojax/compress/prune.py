@@ -90,7 +90,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Prunes in `workdir`, which becomes the child's artifact; returns sizes and held-out losses (nats)."""
     exact_matmuls(cfg.compute, "prune")
     inputs = [cfg.parent, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    return run_stage("prune", cfg, workdir, inputs, lambda path: _run(cfg, path), buckets=True)
+    return run_stage("prune", cfg, workdir, inputs, lambda path: _run(cfg, path))
 
 
 def prune(params: dict, arch: ArchSpec, ranks: Importance, targets: Targets) -> Pruned:

@@ -74,7 +74,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     inputs = [cfg.parent, *input_files(cfg.data.sources)]
     return run_stage(
         "compress", cfg, workdir, inputs, lambda path: _compress(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

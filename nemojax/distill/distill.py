@@ -73,7 +73,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
         inputs += local_files(cfg.on_policy.chats)
     return run_stage(
         "distill", cfg, workdir, inputs, lambda path: _distill(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

@@ -69,9 +69,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     Returns where it is, and what it holds. Raises `Preempted` (exit code 75) after SIGTERM.
     """
     inputs = [cfg.teacher, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    return run_stage(
-        "cache", cfg, workdir, inputs, lambda path: _write(cfg, path), many_processes=True, buckets=True
-    )
+    return run_stage("cache", cfg, workdir, inputs, lambda path: _write(cfg, path), many_processes=True)
 
 
 def _write(cfg: Config, workdir: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
         inputs += long_context.inputs(cfg.long_context)
     return run_stage(
         "evaluate", cfg, workdir, inputs, lambda path: _evaluate(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

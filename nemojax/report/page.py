@@ -66,7 +66,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Writes `report.html` into the pipeline's directory; returns its path in there and what it shows."""
     pipeline = place(cfg.pipeline)
     read_pipeline(pipeline)  # a clear error before anything is written
-    return run_stage("report", cfg, workdir, [pipeline], lambda _: write(cfg, pipeline / FILE), buckets=True)
+    return run_stage("report", cfg, workdir, [pipeline], lambda _: write(cfg, pipeline / FILE))
 
 
 def write(cfg: Config, path: Path) -> dict[str, Any]:

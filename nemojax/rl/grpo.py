@@ -78,7 +78,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """
     return run_stage(
         "rl", cfg, workdir, [cfg.model], lambda path: _train(cfg, path),
-        many_processes=True, buckets=True,
+        many_processes=True,
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Config:
 def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Returns {"ways": {way: {title: [a value a seed]}}, "claims": [...]}; `table.md` shows them."""
     inputs = [path for paths in cfg.ways.values() for path in paths]
-    return run_stage("compare", cfg, workdir, inputs, lambda path: _compare(cfg, path), buckets=True)
+    return run_stage("compare", cfg, workdir, inputs, lambda path: _compare(cfg, path))
 
 
 def _compare(cfg: Config, workdir: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     """Returns {"parent": row, "claims": [...]}; the rows are in rows.json, tables for people in table.md."""
     exact_matmuls(cfg.compute, "study")
     inputs = [cfg.parent, *input_files((*cfg.data.sources, *cfg.data.heldout))]
-    return run_stage("study", cfg, workdir, inputs, lambda path: _study(cfg, path), buckets=True)
+    return run_stage("study", cfg, workdir, inputs, lambda path: _study(cfg, path))
 
 
 def _study(cfg: Config, workdir: Path) -> dict[str, Any]:

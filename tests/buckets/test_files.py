@@ -68,7 +68,7 @@ def test_a_log(bucket):
 def test_a_bucket_that_is_not_there(bucket, model, capsys):
     url = f"{bucket.partition('://')[0]}://other-bucket"
     with pytest.raises(ValueError, match=rf"^{url}/run: cannot list the bucket {url} \(.*\); check its name"):
-        run_stage("pretrain", pretraining(model.folder), f"{url}/run", [], lambda path: {}, buckets=True)
+        run_stage("pretrain", pretraining(model.folder), f"{url}/run", [], lambda path: {})
     assert cli.main(["export", f"{url}/run", "out"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
