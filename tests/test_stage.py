@@ -101,8 +101,8 @@ def test_a_file_in_place_of_the_directory(tmp_path):
 def test_an_address_in_place_of_the_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     body = Body()
-    with pytest.raises(ValueError, match="gs://bucket/run: expected a path on this machine"):
-        run_stage("sft", Config(), "gs://bucket/run", [], body)
+    with pytest.raises(ValueError, match="http://host/run: expected"):
+        run_stage("sft", Config(), "http://host/run", [], body)
     assert not body.calls and not list(tmp_path.iterdir())
 
 
