@@ -5,7 +5,6 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ from nemojax.generate.remote import RemoteConfig, RemoteGenerator
 from nemojax.generate.sampling import SamplingConfig
 from nemojax.model.llama import init_params
 from tests.environment import QUICK_COMPILATION
-from tests.generate.unreliable import Server, serving, wait_until
+from tests.generate.unreliable import Server, wait_until
 
 CONTEXT = 1024
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -33,12 +32,6 @@ ENV = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {
     "TERM": "xterm",
     "XLA_FLAGS": QUICK_COMPILATION,
 }
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
