@@ -4,8 +4,9 @@
 #        bash launch/local_cluster.sh N generate ARTIFACT --prompts=FILE.jsonl --out=FILE.jsonl
 # A cluster on this machine: N processes with D virtual CPU devices each (1), which meet over loopback and
 # talk through gloo. Each writes to DIR.process<i>.log or OUT.process<i>.log (of a bucket, in this directory).
-# SIGTERM and Ctrl-C go to all of them: they write a checkpoint, and this exits with 75, which means "run again to resume", with any N and D. When one ends with
-# an error the others follow within about a minute; this says which it was, and exits with 2.
+# SIGTERM and Ctrl-C go to all of them: they write a checkpoint (or end after a chunk of prompts), and this exits
+# with 75, which means "run again to resume", with any N and D. When one ends with an error the others follow
+# within about a minute; this says which it was, and exits with 2.
 set -uo pipefail
 
 GRACE=90 # seconds for the others to notice: more than the heartbeat of nemojax/hosts.py

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 UNFINISHED = "UNFINISHED"  # in a directory of a bucket while it is written or removed: later on, of no use
+MADE = "nemojax makes this directory, or did not finish: the same command makes it anew\n"  # what it says
+MOVED = "nemojax moves this directory, or did not finish: what is left here is removed\n"
 # say that what was written before is there
 _LAST = ("commit_success.txt", "index.json", "cache.json", "DONE")
 _AT_ONCE = 64  # requests
@@ -57,7 +59,7 @@ def absolute(path: str | os.PathLike) -> Path:
 
 
 def normal(path: str | os.PathLike) -> Path:
-    """`absolute`, and without `..`."""
+    """`absolute`, and on this machine without `..`."""
     there = place(path)
     return there if is_bucket(there) else Path(os.path.abspath(there))
 
@@ -205,9 +207,13 @@ def read_ranges(ranges: Sequence[tuple[Path, int, int]]) -> list[bytes]:
         return []
     paths, firsts, lasts = zip(*ranges, strict=True)
     names = [str(path) for path in paths]
-    return _system(names[0]).cat_ranges(
+    found = _system(names[0]).cat_ranges(
         names, list(firsts), list(lasts), batch_size=_AT_ONCE, on_error="raise"
     )
+    for one in found:
+        if isinstance(one, BaseException):  # older clients return it all the same
+            raise one
+    return found
 
 
 def remove_tree(directory: Path, ignore_errors: bool = False) -> None:
@@ -224,14 +230,17 @@ def remove_tree(directory: Path, ignore_errors: bool = False) -> None:
             raise
 
 
-def is_unfinished(directory: Path) -> bool:
-    """Whether a directory of a bucket was being written or removed, and has to be made anew."""
-    return is_bucket(directory) and (directory / UNFINISHED).is_file()
+def is_unfinished(directory: Path, *why: str) -> bool:
+    """Whether a directory of a bucket was being written or removed, and has to be made anew. A file of that
+    name which is not ours says nothing. why: MADE, MOVED; either, unless said."""
+    if not is_bucket(directory) or not (mark := directory / UNFINISHED).is_file():
+        return False
+    return mark.read_text() in (why or (MADE, MOVED))
 
 
-def clear_unfinished(directory: Path) -> None:
+def clear_unfinished(directory: Path, *why: str) -> None:
     """Removes a directory that `is_unfinished`, what says so last; does nothing to another."""
-    if is_unfinished(directory):
+    if is_unfinished(directory, *why):
         for entry in directory.iterdir():
             if entry.name != UNFINISHED:
                 entry.unlink() if entry.is_file() else remove_tree(entry)
@@ -241,10 +250,11 @@ def clear_unfinished(directory: Path) -> None:
 def move_tree(source: Path, target: Path) -> None:
     """Gives a directory of a bucket another place in it, which holds nothing yet: copies, then removes.
 
-    A kill leaves `source` whole beside a `target` that is unfinished, or the other way round.
+    A kill leaves `source` whole beside a `target` that is unfinished, or the other way round, or both whole,
+    of which `source` has lost its DONE at most.
     """
     system, files = _system(str(source)), list(files_below(source))
-    write_text(target / UNFINISHED, "")
+    write_text(target / UNFINISHED, MOVED)
     for last in ("", *_LAST):
         some = [file for file in files if last == (file.name if file.name in _LAST else "")]
         there = [str(target / file.relative_to(source)) for file in some]
@@ -252,7 +262,7 @@ def move_tree(source: Path, target: Path) -> None:
     (target / UNFINISHED).unlink()
     if source / "DONE" in files:
         (source / "DONE").unlink()
-    write_text(source / UNFINISHED, "")
+    write_text(source / UNFINISHED, MOVED)
     clear_unfinished(source)
 
 

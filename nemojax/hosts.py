@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -15,6 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from nemojax.commands import EXIT_PREEMPTED
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "NEMOJAX_COORDINATOR",
@@ -125,6 +129,11 @@ def expect_one_process(name: str) -> None:
         raise ValueError(f"{name}: expected one process, got several; it does not split its work, start one")
 
 
+def process_count() -> int:
+    """How many have joined; asks for no device where none has."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
 def is_primary() -> bool:
     """Whether this process keeps the books (logs, configurations, small files) of a run."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
@@ -136,7 +145,7 @@ def on_primary(make: Callable[[], Any]) -> Any:
     All processes must call this, and none returns before `make` has. With several the value goes through
     JSON. An error of the primary is raised there as it is, and as a ValueError in the others.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if process_count() == 1:
         return make()
     value, failure = None, None
     if is_primary():
@@ -162,7 +171,7 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if jax.distributed.is_initialized() and jax.process_count() > 1:
+        if process_count() > 1:
             lost = isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error)
             atexit.register(_leave, 2 if lost or isinstance(error, ValueError | OSError) else 1)
             if lost:
@@ -181,6 +190,49 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+class Preempted(SystemExit):
+    """SIGTERM arrived: the state is saved; running the same command again resumes."""
+
+    def __init__(self, step: int):
+        super().__init__(EXIT_PREEMPTED)
+        self.step = step
+
+
+class Sigterm:
+    """Remembers SIGTERM until the step is over; only the main thread can listen.
+
+    With several processes JAX listens in each of them, and stops all at the step after the furthest one. So
+    steps are numbered through a process, over all of its loops: the next one comes, whichever loop it is of.
+    """
+
+    _steps = itertools.count(1)
+
+    def __enter__(self) -> Sigterm:
+        self.received, self.old = False, None
+        if process_count() > 1:
+            return self
+        try:
+            self.old = signal.signal(signal.SIGTERM, self._receive)
+        except ValueError:  # not the main thread: whoever owns it decides
+            pass
+        return self
+
+    def stops_here(self) -> bool:
+        """Whether to stop after this step, asked once a step; the same answer in every process."""
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        return self.received or reached_preemption_sync_point(next(self._steps))
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if self.old is not None:
+            signal.signal(signal.SIGTERM, self.old)
+            if self.received and error is None:  # after the last step: for whoever listens now
+                signal.raise_signal(signal.SIGTERM)
+
+
 def _broadcast(value: Any) -> Any:
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
@@ -192,13 +244,14 @@ def _broadcast(value: Any) -> Any:
 
 def of_all(value: Any) -> list[Any]:
     """The value of every process, in their order and in all of them, through JSON. All must call this."""
-    if jax.process_count() == 1:
+    if process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(process_allgather(np.int32(text.size)))
-    texts = np.asarray(process_allgather(np.pad(text, (0, int(sizes.max()) - text.size))))
+    room = 1 << int(sizes.max() - 1).bit_length()  # few sizes: each is a program
+    texts = np.asarray(process_allgather(np.pad(text, (0, room - text.size))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(texts, sizes, strict=True)]
 
 

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nemojax import config, stage
-from nemojax.buckets import check_bucket, is_bucket, is_unfinished, normal, remove_tree
+from nemojax.buckets import (
+    MOVED,
+    check_bucket,
+    clear_unfinished,
+    is_bucket,
+    is_unfinished,
+    normal,
+    remove_tree,
+)
 from nemojax.commands import STAGES, Parser, split_overrides, summary_line
 from nemojax.config import field, required
 
@@ -218,6 +226,7 @@ def _read_exported(target: Path) -> dict[str, Any] | None:
 def _run_step(step: Step, root: Path, force: bool) -> dict[str, Any]:
     cfg, workdir = resolve(step, root), state_dir(step, root)
     _, run_stage = _implementation(step.kind)
+    clear_unfinished(workdir, MOVED)  # before what a kill has left of it is moved again
     before = _state(step, root)
     if force and before != "new":
         _move_aside(step, root)

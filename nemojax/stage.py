@@ -21,6 +21,7 @@ from typing import Any
 
 from nemojax.arch import ArchSpec
 from nemojax.buckets import (
+    MOVED,
     check_bucket,
     clear_unfinished,
     files_below,
@@ -86,7 +87,7 @@ def run_stage(
 
 def _begin(workdir: Path, wanted: Mapping[str, Any], held: contextlib.ExitStack) -> dict[str, Any] | None:
     """The result of a finished stage; else None, and the directory belongs to this run and is locked."""
-    clear_unfinished(workdir)  # `move_aside` has copied it
+    clear_unfinished(workdir, MOVED)  # `move_aside` has copied it
     _check_owner(workdir, wanted)
     workdir.mkdir(parents=True, exist_ok=True)
     held.enter_context(locked(workdir))

@@ -7,8 +7,6 @@ step by the global weight, so that neither micro-batches nor hosts change the re
 
 from __future__ import annotations
 
-import itertools
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from nemojax.arch import ArchSpec
 from nemojax.backends.kernels import jit
@@ -29,10 +26,9 @@ from nemojax.buckets import copy_file, files_below, is_bucket, place
 from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints
 from nemojax.checkpoints.training import TrainState, init_state
-from nemojax.commands import EXIT_PREEMPTED
 from nemojax.config import field
 from nemojax.data.reading import SourceUnavailable
-from nemojax.hosts import is_primary
+from nemojax.hosts import Preempted, Sigterm, is_primary
 from nemojax.log import RunLog
 from nemojax.losses.divergence import Head, vocab_loss
 from nemojax.model import llama
@@ -81,14 +77,6 @@ class FitConfig:
     def __post_init__(self):
         if self.steps < 1 or self.accumulate < 1 or self.log_every < 1:
             raise ValueError("steps, accumulate and log_every: expected at least 1")
-
-
-class Preempted(SystemExit):
-    """SIGTERM arrived: the state is saved; running the same command again resumes."""
-
-    def __init__(self, step: int):
-        super().__init__(EXIT_PREEMPTED)
-        self.step = step
 
 
 def make_step(
@@ -355,39 +343,6 @@ class _NoLog:
     def truncate(self, step: int) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
-
-
-class Sigterm:
-    """Remembers SIGTERM until the step is over; only the main thread can listen.
-
-    With several processes JAX listens in each of them, and stops all at the step after the furthest one. So
-    steps are numbered through a process, over all of its loops: the next one comes, whichever loop it is of.
-    """
-
-    _steps = itertools.count(1)
-
-    def __enter__(self) -> Sigterm:
-        self.received, self.old = False, None
-        if jax.process_count() > 1:
-            return self
-        try:
-            self.old = signal.signal(signal.SIGTERM, self._receive)
-        except ValueError:  # not the main thread: whoever owns it decides
-            pass
-        return self
-
-    def stops_here(self) -> bool:
-        """Whether to stop after this step, asked once a step; the same answer in every process."""
-        return self.received or multihost_utils.reached_preemption_sync_point(next(self._steps))
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        if self.old is not None:
-            signal.signal(signal.SIGTERM, self.old)
-            if self.received and error is None:  # after the last step: for whoever listens now
-                signal.raise_signal(signal.SIGTERM)
 
 
 class _Profiler:

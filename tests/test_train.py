@@ -18,9 +18,10 @@ from nemojax.backends.speed import flops_per_token
 from nemojax.checkpoints import training
 from nemojax.checkpoints.artifact import Checkpoints, save_params
 from nemojax.data.reading import SourceUnavailable
+from nemojax.hosts import Preempted, Sigterm
 from nemojax.model import llama
 from nemojax.optim import OptimConfig, make_optimizer, make_schedule, restart_schedule
-from nemojax.train import FitConfig, Preempted, Sigterm, fit, init_state, lm_loss, make_step
+from nemojax.train import FitConfig, fit, init_state, lm_loss, make_step
 
 ARCH = uniform(vocab_size=32, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, ffn_width=32, context=16)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2)

@@ -22,6 +22,7 @@ import numpy as np
 
 from nemojax.arch import ArchSpec, load_arch
 from nemojax.buckets import (
+    MADE,
     UNFINISHED,
     absolute,
     check_bucket,
@@ -224,7 +225,7 @@ def _new_directory(target: Path) -> Iterator[Path]:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"{target}: already exists; remove it or choose another name")
         if is_bucket(target):
-            write_text(target / UNFINISHED, "")
+            write_text(target / UNFINISHED, MADE)
             return str(target)
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         remove_tree(partial, ignore_errors=True)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from nemojax.arch import ArchSpec
-from nemojax.buckets import is_bucket, read_ranges, sizes_in, whole_file
+from nemojax.buckets import is_bucket, read_ranges, version, whole_file
 from nemojax.checkpoints.artifact import layer_shapes, outer_shapes
 from nemojax.checkpoints.store import LazyArray
 from nemojax.hosts import of_all, on_primary
@@ -158,7 +158,7 @@ class _InBucket:
         self._path = path
         [length] = read_ranges([(path, 0, 8)])
         self._start = 8 + int.from_bytes(length, "little")
-        if self._start > (size := sizes_in(path.parent)[path.name]):
+        if self._start > (size := version(path)[0]):
             raise ValueError(f"a header of {self._start} bytes in {size}")
         self._layout = json.loads(read_ranges([(path, 8, self._start)])[0])
         self._layout.pop("__metadata__", None)

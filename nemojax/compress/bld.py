@@ -30,6 +30,7 @@ from nemojax.compress.importance import Importance
 from nemojax.compress.space import KvInit, init_sub
 from nemojax.compress.subblock import Kind, Part, apply_part, layers_of, sub_of
 from nemojax.config import field
+from nemojax.hosts import Preempted, Sigterm
 from nemojax.losses.hidden import normalised_mse
 from nemojax.model.attention import Context
 from nemojax.model.block import apply_block, block_axes
@@ -37,7 +38,6 @@ from nemojax.model.layout import run_name
 from nemojax.model.llama import Compute, batch_context, embed
 from nemojax.optim import OptimConfig, make_optimizer
 from nemojax.sharding import place_batch, platform, shardings_like, shardings_of, use_mesh
-from nemojax.train import Preempted, Sigterm
 
 Weights = dict[Part, dict[str, Any]]  # of a variant, or of a stack of them: its parts, their weights
 OnStep = Callable[[int, list[np.ndarray]], None]  # (step, losses [L] by kind)

@@ -41,7 +41,8 @@ INDEX, DOCUMENTS = "index.json", "documents.bin"
 HELDOUT = "heldout"  # the folder, in a directory of shards, of those that are never trained on
 DOCUMENT = np.dtype([("start", "<i8"), ("size", "<i4"), ("crc", "<u4")])
 SHARD_DOCUMENTS = 8192
-_PART = 256  # documents that are read or written at once
+_PART = 256  # documents held in memory while examples are written
+_POSITIONS = 1 << 18  # of documents that are read from a bucket at once, about
 _KINDS = {
     "documents": int,
     "tokens": int,
@@ -232,8 +233,14 @@ class TokenShards:
         return self.piece(index, 0, None)
 
     def __iter__(self) -> Iterator[Example]:
-        for first in range(0, len(self), _PART):
-            yield from self.pieces([(i, 0, None) for i in range(first, min(len(self), first + _PART))])
+        first = 0
+        while first < len(self):
+            last, positions = first + 1, int(self.sizes[first])
+            while is_bucket(self.path) and last < len(self) and positions < _POSITIONS:
+                positions += int(self.sizes[last])
+                last += 1
+            yield from self.pieces([(i, 0, None) for i in range(first, last)])
+            first = last
 
     def piece(self, index: int, start: int, size: int | None) -> Example:
         """`size` positions of a document from position `start` on (None: all that are left).
@@ -255,7 +262,10 @@ class TokenShards:
             spans.append((bisect.bisect_right(self._lasts, index), first + begin, first + end))
             cuts.append(slice(start - begin, stop - begin))
         found = []
-        for (index, _, _), span, cut, parts in zip(wanted, spans, cuts, self._read(spans), strict=True):
+        different = list(dict.fromkeys(spans))  # pieces of one document are often asked for together
+        read = dict(zip(different, self._read(different), strict=True))
+        for (index, _, _), span, cut in zip(wanted, spans, cuts, strict=True):
+            parts = read[span]
             if not self._checked[index]:
                 if _crc(parts[0], parts[1] if len(parts) > 1 else None) != int(self._crcs[index]):
                     raise _altered(self._files[span[0]][0], f"document {index}")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nemojax.buckets import is_bucket, kvstore_spec, place
+from nemojax.buckets import kvstore_spec, place
 from nemojax.stage import read_done, read_result
 
 FORMAT_VERSION = 1
@@ -65,7 +65,8 @@ def is_input(path: str) -> bool:
 
 
 def _is_place(path: str) -> bool:
-    return not is_bucket(path) or path.startswith(("gs://", "s3://"))
+    scheme, found, rest = path.partition("://")
+    return not found or (scheme in ("gs", "s3") and "/" in rest.rstrip("/"))
 
 
 def row_hashes(batch: Mapping[str, np.ndarray]) -> np.ndarray:

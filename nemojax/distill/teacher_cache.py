@@ -31,12 +31,11 @@ from nemojax.data.tokenizer import check_vocab, load_tokenizer
 from nemojax.data.vocabulary import tokenizer_digest
 from nemojax.distill.cache_store import FOLDER, About, TeacherCache, row_hashes
 from nemojax.distill.losses import DistillWeights, teacher_top_k
-from nemojax.hosts import is_primary, on_primary
+from nemojax.hosts import Preempted, Sigterm, is_primary, on_primary
 from nemojax.log import RunLog
 from nemojax.model.llama import Compute, Params
 from nemojax.sharding import BATCH_AXES, MeshConfig, make_mesh, place_batch, use_mesh
 from nemojax.stage import fingerprint, read_json, run_stage, write_json
-from nemojax.train import Preempted, Sigterm
 
 PROGRESS = "progress.json"  # where the data stand after the last whole group of steps
 Program = Callable[[Params, Mapping[str, jax.Array]], dict[str, jax.Array]]

@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -78,7 +78,7 @@ class GenerateConfig:
     n: int = field(1, "samples of each prompt")
     seed: int = field(0, "seed of the sampler")
     logprobs: bool = field(False, "write each sample's token ids and their log-probabilities (nats)")
-    chunk: int = field(128, "prompts written together, and at most lost by a kill")
+    chunk: int = field(128, "prompts written together, and at most lost by a kill of each process")
     max_batch: int = field(64, "sequences generated together")
     cache_dtype: Literal["compute", "bfloat16", "float8_e4m3fn", "int8"] = field(
         "compute", "numbers of the KV cache"
@@ -147,14 +147,14 @@ def run(
         hosts.start_processes()
     with (
         hosts.failing_together(),
-        output.at_hand(buckets.place(prompts), buckets.place(out)) as (here, there, send),
+        output.at_hand(buckets.place(prompts), buckets.place(out)) as (here, there, sender),
         contextlib.closing(_open(artifact, cfg)) as source,
     ):
-        return _run(source, here, there, cfg, quiet, send)
+        return _run(source, here, there, cfg, quiet, sender)
 
 
 def _run(
-    source: Source, prompts: Path, out: Path, cfg: GenerateConfig, quiet: bool, send: Callable[[], None]
+    source: Source, prompts: Path, out: Path, cfg: GenerateConfig, quiet: bool, sender: output.Sender
 ) -> dict[str, int]:
     output.check_paths(prompts, out)
     asked = load_requests(prompts, cfg)
@@ -162,6 +162,9 @@ def _run(
     groups = _groups(asked, source.group)
     keys = [[(one.id, sample) for one in group for sample in range(cfg.n)] for group in groups]
     record = _record(source, prompts, cfg)
+    told = hosts.of_all(record)
+    if any(one != told[0] for one in told):
+        raise ValueError(f"{prompts}: expected the same prompts and artifact in all processes, got others")
 
     def before() -> tuple[int, bool]:
         """Groups that are there, and whether that is not all there should be."""
@@ -182,13 +185,14 @@ def _run(
                 file = held.enter_context(output.opened(out, record))
                 done, size = output.whole_groups(out, keys)  # nobody else can add to it now
                 file.truncate(size)
+                sender.send()  # a place that cannot be written is known before anything is made for it
                 return done
 
             done = hosts.on_primary(begin)
             waiting = output.Ahead(out, keys, done)
             quiet = quiet or not hosts.is_primary()
             progress = held.enter_context(output.Progress(len(asked), quiet, every=source.quiet_seconds))
-            tokens = _write(file, waiting, source, groups, done, cfg, progress, send)
+            tokens = _write(file, waiting, source, groups, done, cfg, progress, sender)
             waiting.remove()
     return {
         "prompts": len(asked),
@@ -210,7 +214,7 @@ def _write(
     done: int,
     cfg: GenerateConfig,
     progress: output.Progress,
-    send: Callable[[], None],
+    sender: output.Sender,
 ) -> int:
     """Answers the groups after the first `done`, but for those that came ahead, into `file`, which only the
     primary process has; returns the new tokens."""
@@ -239,7 +243,7 @@ def _write(
         new = sum(row["num_tokens"] for row in rows)
         tokens += new
         progress.advance(len(group), new)
-        send()
+        sender.maybe()
     assert place == len(groups)
     return tokens
 
@@ -247,20 +251,24 @@ def _write(
 def _answered(
     source: Source, groups: Sequence[Sequence[Asked]], cfg: GenerateConfig
 ) -> Iterator[tuple[int, list[Row]]]:
-    """(which group, its rows), as groups are done. Several processes answer one each, and tell each other."""
+    """(which group, its rows), as groups are done. Several processes answer one each, and tell each other;
+    SIGTERM to one of them stops all (`Preempted`)."""
 
     def found(some: Sequence[Sequence[Asked]]) -> Iterator[tuple[int, list[Row]]]:
         for index, answers in source.answers(some):
             pairs = zip(some[index], answers, strict=True)
             yield index, [row for one, few in pairs for row in _rows(one, few, cfg)]
 
-    if (count := jax.process_count()) == 1:
+    if (count := hosts.process_count()) == 1:
         yield from found(groups)
         return
-    for start in range(0, len(groups), count):
-        mine = groups[start : start + count][jax.process_index() :][:1]
-        told = hosts.of_all([rows for _, rows in found(mine)])
-        yield from enumerate((rows for few in told for rows in few), start)
+    with hosts.Sigterm() as sigterm:
+        for start in range(0, len(groups), count):
+            if sigterm.stops_here():
+                raise hosts.Preempted(start)
+            mine = groups[start : start + count][jax.process_index() :][:1]
+            told = hosts.of_all([rows for _, rows in found(mine)])
+            yield from enumerate((rows for few in told for rows in few), start)
 
 
 def _rows(asked: Asked, answers: Sequence[Answer], cfg: GenerateConfig) -> list[Row]:

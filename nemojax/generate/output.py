@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,19 @@ def check_paths(prompts: Path, out: Path) -> None:
     if not prompts.is_file():
         raise ValueError(f"{prompts}: expected a JSONL file of prompts, got no such file; check the path")
     if out.exists() and not out.is_file():
-        raise ValueError(f"{out}: expected a file to write, got something else; choose another --out")
+        raise _no_file(out)
     ours = [path.resolve() for path in (out, sidecar(out), ahead(out))]
     if prompts.resolve() in ours or out.exists() and out.samefile(prompts):
         raise ValueError(f"{out}: expected another file than the prompts, got the same; choose another --out")
 
 
+def _no_file(path: Path) -> ValueError:
+    return ValueError(f"{path}: expected a file, got something else; choose another path")
+
+
 @contextlib.contextmanager
-def at_hand(prompts: Path, out: Path) -> Iterator[tuple[Path, Path, Callable[[], None]]]:
-    """Prompts and output as files of this machine, and what is called when rows have been written.
+def at_hand(prompts: Path, out: Path) -> Iterator[tuple[Path, Path, Sender]]:
+    """Prompts and output as files of this machine, and what is told when rows have been written.
 
     A bucket, to which nothing is appended, gets a copy of the output every 30 seconds and at the end.
     """
@@ -56,34 +61,44 @@ def at_hand(prompts: Path, out: Path) -> Iterator[tuple[Path, Path, Callable[[],
             if (folder := folders.get(path.parent)) is not None:
                 check_bucket(path)
                 folder.mkdir(exist_ok=True)
+                if path.is_dir():
+                    raise _no_file(path)
                 if path.is_file():
                     copy_file(path, folder / path.name)
-        sender = _Sender(here[1], out)
+        sender = Sender(here[1], out)
         try:
-            yield here[0], here[1], sender.maybe
-        except ValueError as error:  # it may name a copy
-            if not folders:
+            yield here[0], here[1], sender
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # what is failing already is what to tell
+                sender.send()
+            if not folders or not isinstance(error, ValueError):
                 raise
-            text = str(error)
+            text = str(error)  # it may name a copy
             for there, folder in folders.items():
                 text = text.replace(str(folder), str(there))
             raise ValueError(text) from error
-        finally:
-            failing = sys.exc_info()[0] is not None
-            with contextlib.suppress(*[Exception] * failing):  # what is failing already is what to tell
-                sender.send()
+        sender.send()
 
 
-class _Sender:
+class Sender:
     """Copies what has been written here to where it belongs; does nothing where that is here."""
 
     def __init__(self, here: Path, there: Path):
         self._here, self._there = here, there
-        self._sent, self._sent_at = self._versions(), time.monotonic()
+        self._sent, self._again_at = self._versions(), time.monotonic() + _SEND_SECONDS
 
     def maybe(self) -> None:
-        if time.monotonic() - self._sent_at > _SEND_SECONDS:
+        """Every 30 seconds, or less often where it takes long. A bucket that does not take it is told in a
+        warning, and asked again: it is no reason to end the run."""
+        start = time.monotonic()
+        if start < self._again_at:
+            return
+        try:
             self.send()
+        except Exception as error:
+            logging.getLogger(__name__).warning("%s: answers are not there yet (%s)", self._there, error)
+        now = time.monotonic()
+        self._again_at = now + max(_SEND_SECONDS, 10 * (now - start))
 
     def send(self) -> None:
         if self._here == self._there:
@@ -94,7 +109,7 @@ class _Sender:
                 copy_file(self._here.with_name(name), self._there.with_name(name))
         for name in self._sent.keys() - versions.keys():
             self._there.with_name(name).unlink(missing_ok=True)
-        self._sent, self._sent_at = versions, time.monotonic()
+        self._sent = versions
 
     def _versions(self) -> dict[str, tuple[int, int]]:
         files = (sidecar(self._here), ahead(self._here), self._here)

@@ -125,3 +125,11 @@ def test_metrics_that_a_bucket_does_not_take_end_no_training(bucket, monkeypatch
     monkeypatch.setattr("nemojax.log.copy_file", refuse)
     with pytest.raises(OSError, match="Forbidden"):
         last.close()
+
+
+def test_a_file_of_ones_own_that_is_called_unfinished(bucket):
+    folder = place(f"{bucket}/thesis")
+    (folder / buckets.UNFINISHED).write_text("chapters 4 and 5")
+    assert not buckets.is_unfinished(folder)
+    buckets.clear_unfinished(folder)
+    assert buckets.names_in(folder) == {buckets.UNFINISHED}

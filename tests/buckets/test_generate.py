@@ -11,6 +11,7 @@ from nemojax.checkpoints.artifact import save_params
 from nemojax.generate import batch, output
 from nemojax.generate.batch import GenerateConfig
 from nemojax.generate.sampling import SamplingConfig
+from nemojax.generate.sources import Artifact
 
 CONFIG = GenerateConfig(n=2, chunk=2, sampling=SamplingConfig(max_new_tokens=4))
 ROWS = [{"prompt": "sort up 1 2"}, {"messages": [{"role": "user", "content": "up"}]}, {"prompt": "3"}] * 2
@@ -49,9 +50,11 @@ def test_the_same_bytes(bucket, artifact, prompts, whole, monkeypatch):
     counts = batch.run(artifact, str(prompts), str(out), CONFIG, quiet=True)
     assert counts["rows"] == 12 and counts["rows_before"] == 0
     same(out, whole)
-    before = buckets.version(out)
+    sent, copy = [], output.copy_file
+    monkeypatch.setattr(output, "copy_file", lambda a, b: sent.append(b) or copy(a, b))
     again = batch.run(artifact, prompts, out, CONFIG, quiet=True)
-    assert again == counts | {"rows_before": 12, "tokens": 0} and buckets.version(out) == before
+    assert again == counts | {"rows_before": 12, "tokens": 0}
+    assert sent and not any(buckets.is_bucket(target) for target in sent)
 
 
 def test_what_has_arrived_is_not_made_again(bucket, artifact, prompts, whole, monkeypatch):
@@ -96,3 +99,37 @@ def test_errors_name_the_bucket(bucket, artifact, prompts, whole, tmp_path, caps
         assert message in line
     assert mine.read_text() == "precious\n" and not (tmp_path / "out.jsonl").exists()
     assert cli.main(["generate", artifact, "--prompt=sort", "--raw", "--max_new_tokens=2"]) == 0
+
+
+def test_an_upload_that_fails(bucket, artifact, prompts, whole, monkeypatch):
+    """At first it ends the run, before anything is answered; later on it is tried again."""
+    out, copy, times = place(f"{bucket}/uploads.jsonl"), output.copy_file, []
+
+    def refusing(which):
+        def copied(source, target):
+            if buckets.is_bucket(target):
+                times.append(target)
+                if len(times) in which:
+                    raise OSError(5, "try later", str(target))
+            copy(source, target)
+
+        return copied
+
+    monkeypatch.setattr(output, "_SEND_SECONDS", -1)
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "copy_file", refusing({1, 2}))
+        patch.setattr(Artifact, "answers", None)
+        with pytest.raises(OSError, match="try later"):
+            batch.run(artifact, prompts, out, CONFIG, quiet=True)
+    assert not out.exists() and len(times) == 2  # at the end, too
+    times.clear()
+    monkeypatch.setattr(output, "copy_file", refusing({3}))
+    batch.run(artifact, prompts, out, CONFIG, quiet=True)
+    assert len(times) > 3
+    same(out, whole)
+
+
+def test_a_folder_in_place_of_the_output(bucket, artifact, prompts):
+    (place(f"{bucket}/folder.jsonl") / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="folder.jsonl: expected a file, got something else"):
+        batch.run(artifact, prompts, f"{bucket}/folder.jsonl", CONFIG, quiet=True)

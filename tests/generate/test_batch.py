@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from nemojax import hosts
 from nemojax.arch import uniform
 from nemojax.checkpoints.artifact import load_model, save_params
 from nemojax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -377,7 +378,7 @@ def test_help(capsys):
         (["--prompts={prompts}"], "--prompts needs --out=FILE.jsonl"),
         (["--prompts={prompts}", "--out={prompts}"], "expected another file than the prompts, got the same"),
         (["--prompts={prompts}.gone", "--out={tmp}/out"], "got no such file; check the path"),
-        (["--prompts={prompts}", "--out={tmp}"], "expected a file to write, got something else"),
+        (["--prompts={prompts}", "--out={tmp}"], "expected a file, got something else"),
         (["--prompts={prompts}", "--out={tmp}/out", "--raw"], "--raw goes with --prompt;"),
         (["--prompt=x", "--out={tmp}/out"], "--out goes with --prompts;"),
         (["--prompt=x", "--raw", "--thinking=on"], "--thinking goes with a chat, not with --raw"),
@@ -419,6 +420,13 @@ def test_a_damaged_artifact(artifact, prompts, tmp_path, capsys, lost, message):
     code, _, line = command(capsys, damaged, f"--prompts={prompts}", f"--out={out}")
     assert code == 2 and message in line and line.count("\n") == 1
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_processes_that_read_other_prompts(artifact, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "of_all", lambda record: [record, record | {"prompts": "0"}])
+    with pytest.raises(ValueError, match="expected the same prompts and artifact in all processes"):
+        batch.run(artifact, prompts, tmp_path / "out.jsonl", CONFIG)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.slow

@@ -154,3 +154,17 @@ def test_bad_arguments_with_a_server(server, tmp_path, capsys, args, message):
     args = [arg.format(url=server.url, tmp=tmp_path) for arg in args]
     code, line, error = command(capsys, *args)
     assert (code, line) == (2, "") and message in error and error.count("\n") == 1
+
+
+def test_a_server_is_asked_without_a_device(server, tmp_path):
+    """Which the server may hold on this machine."""
+    prompts = write(tmp_path / "prompts.jsonl", ASKED[:1])
+    program = """
+import sys
+from jax._src import xla_bridge
+from nemojax.cli import main
+
+assert main(sys.argv[1:]) == 0 and not xla_bridge._backends
+"""
+    args = ["generate", server.url, f"--prompts={prompts}", f"--out={tmp_path / 'out.jsonl'}"]
+    assert subprocess.run([sys.executable, "-c", program, *args], timeout=120).returncode == 0

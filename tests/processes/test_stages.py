@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -227,29 +229,40 @@ def test_importing_and_exporting_in_two_processes_equals_one(single, tmp_path):
 
 @pytest.mark.slow
 def test_prompts_answered_in_two_processes_equal_one(single, tmp_path):
-    """Of three chunks one process has two. What a kill cut short goes on in both."""
+    """Chunks of two prompts. What a kill cut short, or SIGTERM to one process, goes on in both."""
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"prompt": "sort up " + "1 2 3 "[: 2 * i]}) + "\n" for i in range(5))
-    )
+    rows = [{"prompt": "sort up " + "1 2 3 "[: 2 * (i % 4)]} for i in range(41)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = [f"--prompts={prompts}", "--n=2", "--max_new_tokens=8", "--logprobs", "--config.chunk=2"]
 
-    def answered_by(count: int, out: Path) -> str:
-        done = subprocess.run(
+    def start(count: int, out: Path) -> subprocess.Popen:
+        return subprocess.Popen(
             ["bash", str(LAUNCHER), str(count), "generate", str(single.workdir), *more, f"--out={out}"],
             env=os.environ | {"XLA_FLAGS": QUICK_COMPILATION, "NEMOJAX_VENV": sys.prefix},
-            capture_output=True, text=True, timeout=240,
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.splitlines()[-1]
+
+    def answered_by(count: int, out: Path) -> str:
+        said, _ = (process := start(count, out)).communicate(timeout=240)
+        assert process.returncode == 0, said
+        return said.splitlines()[-1]
 
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    assert "rows=10 rows_before=0 tokens=80" in answered_by(1, one)
-    assert "rows=10 rows_before=0 tokens=80" in answered_by(2, two)
+    assert "rows=82 rows_before=0" in answered_by(1, one)
     whole = one.read_text()
-    assert whole.count("\n") == 10 and two.read_text() == whole
+    process = start(2, two)
+    assert process.stdout is not None
+    while not two.is_file() or not two.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    line = next(line for line in process.stdout if line.startswith("process 1 of 2: pid "))
+    os.kill(int(line.split("pid ")[1].split(",")[0]), signal.SIGTERM)
+    process.communicate(timeout=240)
+    assert process.returncode == 75 and 0 < two.read_text().count("\n") < 82
+    answered_by(2, two)
+    assert two.read_text() == whole
     two.write_text("".join(whole.splitlines(keepends=True)[:5]))
-    assert "rows=10 rows_before=4 tokens=48" in answered_by(2, two)
+    assert "rows=82 rows_before=4" in answered_by(2, two)
     assert two.read_text() == whole
     assert {path.name for path in tmp_path.glob("two*")} == {
         "two.jsonl", "two.jsonl.config.json", "two.jsonl.process0.log", "two.jsonl.process1.log"
