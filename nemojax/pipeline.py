@@ -365,9 +365,9 @@ def _print_plan(
         resolved = config.to_dict(resolve(step, root))
         if configurations:
             print(f"{step.name} = {json.dumps(resolved, indent=2)}")
-        table.add_row(
-            step.name, step.kind, needs, _state(step, root), "run" if step.name in chosen else "leave"
-        )
+        state = _state(step, root)
+        plan = {"new": "run", "half done": "resume", "done": "skip if unchanged"}[state]
+        table.add_row(step.name, step.kind, needs, state, plan if step.name in chosen else "leave")
     Console().print(table)
 
 

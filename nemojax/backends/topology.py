@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -207,13 +209,7 @@ def _sides(dims: tuple[int, ...], inner: int, reach: int) -> int:
 
 
 def _tpu_devices(chip: Chip, shape: str, slices: int, name: str) -> Sequence[Any]:
-    if folder := os.environ.get(LIBTPU):
-        os.environ["TPU_LIBRARY_PATH"] = f"{folder}/libtpu/libtpu.so"
-    elif not importlib.util.find_spec("libtpu"):
-        raise ValueError(
-            f"topology: {name}: expected libtpu, which compiles for TPUs, got none; pip install "
-            f"'nemojax[tpu]', or name a folder that has it in {LIBTPU}"
-        )
+    _find_libtpu(name)
     # there is no metadata server to ask, and other processes may compile as well
     for key, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
@@ -237,6 +233,33 @@ def _tpu_devices(chip: Chip, shape: str, slices: int, name: str) -> Sequence[Any
         ) from error
 
 
+def _find_libtpu(name: str) -> None:
+    """Says where it is; ValueError where it is not, or is of another version than jax asks for."""
+    wanted = next(
+        (r.split(";")[0].strip() for r in metadata.requires("jax") or () if "libtpu==" in r), "libtpu"
+    )
+    advice = f"pip install --no-deps --target=DIR '{wanted}' and set {LIBTPU}=DIR"
+    folder = os.environ.get(LIBTPU)
+    if folder:
+        library = Path(folder, "libtpu", "libtpu.so")
+        if not library.is_file():
+            raise ValueError(f"{LIBTPU}: expected a folder with libtpu, got {folder}; {advice}")
+        os.environ["TPU_LIBRARY_PATH"] = str(library)
+    elif not importlib.util.find_spec("libtpu"):
+        raise ValueError(f"topology: {name}: expected libtpu, which compiles for TPUs, got none; {advice}")
+    version = _version_of("libtpu", folder)
+    if version and not f"{version}.".startswith(wanted.partition("==")[2].rstrip("*")):
+        raise ValueError(
+            f"topology: {name}: expected {wanted} beside jax {jax.__version__}, got {version}; {advice}"
+        )
+
+
+def _version_of(package: str, folder: str | None) -> str:
+    """Of a package in a folder, or where Python finds it; nothing where it does not say."""
+    places = sys.path if folder is None else [folder]
+    return next((d.version for d in metadata.distributions(name=package, path=places)), "")
+
+
 def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
     host = chip.chips_per_host
     if count < 1 or (count > host and count % host):
@@ -250,7 +273,8 @@ def _gpu_devices(chip: Chip, count: int) -> Sequence[Any]:
     plugin = _cuda_plugin()
     if plugin is None:
         raise ValueError(
-            f"topology: {chip.name}:{count}: expected jax's CUDA plugin, which compiles for GPUs, got none; "
+            f"topology: {chip.name}:{count}: expected jax's CUDA plugin, which compiles for GPUs, got none"
+            f"{f' in {folders}' if (folders := os.environ.get(CUDA_PLUGINS)) else ''}; "
             "pip install jax-cuda12-plugin and jax-cuda12-pjrt (or both of cuda13) in jax's version, or "
             f"'nemojax[cuda12]' or 'nemojax[cuda13]', or name a folder that has them in {CUDA_PLUGINS}"
         )

@@ -251,6 +251,10 @@ def final_step(artifact: str | os.PathLike) -> int:
     """The newest finished step of an artifact; ValueError when it has none."""
     check_bucket(artifact)
     steps = finished_steps(artifact)
+    if not steps and not place(artifact).exists():
+        raise ValueError(f"{artifact}: expected an artifact, got nothing there; check the path")
+    if not steps and (place(artifact) / "pipeline.json").is_file():
+        raise ValueError(f"{artifact}: expected an artifact, got a pipeline; name one of the stages in it")
     if not steps:
         raise ValueError(f"{artifact}: expected checkpoints/<step>, got none; is this a finished artifact?")
     return steps[-1]

@@ -273,7 +273,7 @@ class Chat:
             case _:
                 near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
-                self._complain(f"{line[:60]!r}: no such command; {hint} //... says it")
+                self._complain(f"{line[:60]!r}: no such command; {hint} (to say it, begin with //)")
 
     def _complain(self, line: str) -> None:
         """About a command: told on a terminal; in a script an error, or its sense would change unseen."""

@@ -66,7 +66,7 @@ def test_bad_names(name, message):
 @pytest.mark.parametrize(
     "name, module, variable, message",
     [
-        ("v5e:2x2", "libtpu", topology.LIBTPU, r"expected libtpu.*nemojax\[tpu\].*NEMOJAX_LIBTPU"),
+        ("v5e:2x2", "libtpu", topology.LIBTPU, r"expected libtpu.*libtpu==.*NEMOJAX_LIBTPU=DIR"),
         ("h100:8", "jax_plugins", topology.CUDA_PLUGINS, "jax-cuda12-plugin.*NEMOJAX_CUDA_PLUGINS"),
     ],
 )
@@ -112,3 +112,15 @@ def test_facts_of_a_part_of_a_chip():
     assert ironwood.hbm_bytes * 2 == ironwood.chip.hbm_bytes and ironwood.num_chips == 4
     assert ironwood.peak("bfloat16") * 2 == 2307e12
     assert dataclasses.replace(ironwood, slices=3).num_chips == 12
+
+
+def test_a_libtpu_that_is_not_there_or_not_jax_s(monkeypatch, tmp_path):
+    monkeypatch.setenv(topology.LIBTPU, str(tmp_path))
+    with pytest.raises(ValueError, match=f"NEMOJAX_LIBTPU: expected a folder with libtpu, got {tmp_path}"):
+        topology.open_topology("v5e:2x2")
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "libtpu.so").touch()
+    (tmp_path / "libtpu-0.0.1.dist-info").mkdir()
+    (tmp_path / "libtpu-0.0.1.dist-info" / "METADATA").write_text("Name: libtpu\nVersion: 0.0.1\n")
+    with pytest.raises(ValueError, match=r"expected libtpu==.* beside jax .*, got 0\.0\.1; pip install"):
+        topology.open_topology("v5e:2x2")

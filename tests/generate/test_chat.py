@@ -269,7 +269,9 @@ def test_a_terminal(server):
     terminal.say("/help")
     assert "Ctrl-C stops an answer" in terminal.prompt()
     terminal.say("/thnik off")
-    assert terminal.prompt() == "'/thnik off': no such command; did you mean /think? //... says it"
+    assert (
+        terminal.prompt() == "'/thnik off': no such command; did you mean /think? (to say it, begin with //)"
+    )
     terminal.say("/reset")
     assert terminal.prompt() == f"{DIM}a new conversation{PLAIN}"
     terminal.say("new")
