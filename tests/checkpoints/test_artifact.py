@@ -136,8 +136,16 @@ def test_mismatch_names_the_leaf(tmp_path):
     other = MIXED.replace(vocab_size=32)
     with pytest.raises(ValueError, match=r"embed/weight: expected shape \(32, 32\), got \(64, 32\)"):
         load_params(tmp_path, other)
-    with pytest.raises(ValueError, match="expected checkpoints/<step>, got none"):
+    with pytest.raises(ValueError, match="nothing: expected an artifact, got nothing there"):
         final_step(tmp_path / "nothing")
+    (tmp_path / "pipe").mkdir()
+    with pytest.raises(ValueError, match="pipe: expected checkpoints/<step>, got none"):
+        final_step(tmp_path / "pipe")
+    (tmp_path / "pipe" / "pipeline.json").touch()
+    with pytest.raises(
+        ValueError, match="expected an artifact, got a pipeline; name one of the stages in it"
+    ):
+        final_step(tmp_path / "pipe")
 
 
 def test_damaged_data_is_one_error(tmp_path, capfd):
