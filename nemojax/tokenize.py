@@ -75,9 +75,8 @@ def run(cfg: Config, workdir: str | Path) -> dict[str, Any]:
     recorded = replace(cfg, workers=0)  # decides nothing that is written: a run may resume with more or fewer
     inputs = [cfg.tokenizer, *input_files(cfg.sources)]
     return run_stage(
-        "tokenize", recorded, workdir, inputs, lambda path: _tokenize(cfg, path),
-        many_processes=True,
-    )  # fmt: skip
+        "tokenize", recorded, workdir, inputs, lambda path: _tokenize(cfg, path), many_processes=True
+    )
 
 
 def _check(cfg: Config) -> None:

@@ -141,6 +141,18 @@ def test_earlier_stages_stay_as_they_are_with_from(calls, recipe, tmp_path):
     assert calls == ["sft", "report"]
 
 
+def test_a_dry_run_says_what_each_stage_would_do(calls, recipe, tmp_path, capsys):
+    args = ["run", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--dry_run"]
+    pipeline.run(pipeline.load(recipe), tmp_path / "run", Selection(only="pretrain"))
+    (tmp_path / "run" / "sft").mkdir()
+    (tmp_path / "run" / "sft" / stage.CONFIG).write_text("{}")
+    assert cli.main([*args, "--from=sft"]) == cli.main(args) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    plans = {(cells[1].strip(), cells[4].strip(), cells[5].strip()) for cells in rows}
+    assert {("pretrain", "done", "leave"), ("pretrain", "done", "skip if unchanged")} <= plans
+    assert ("sft", "half done", "resume") in plans and any(state == "new" for _, state, _ in plans)
+
+
 def test_dry_run_writes_nothing(calls, recipe, tmp_path, capsys):
     root = tmp_path / "run"
     args = ["run", f"--config={recipe}", f"--workdir={root}", "--dry_run", "--config.sft.size=8"]

@@ -138,10 +138,8 @@ def _parts(
 
 def _resources(tile: int, head_dim: int) -> dict[str, int]:
     """Groups of 32 threads, and blocks of keys on their way at once: what a multiprocessor has room for."""
-    wide = head_dim > 128
-    return (
-        {"num_warps": 8, "num_stages": 3 - wide} if tile == TILE else {"num_warps": 4, "num_stages": 4 - wide}
-    )
+    warps, blocks = (8, 3) if tile == TILE else (4, 4)
+    return {"num_warps": warps, "num_stages": blocks if head_dim <= 128 else blocks - 1}
 
 
 def _kernel(

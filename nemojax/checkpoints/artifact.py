@@ -253,7 +253,7 @@ def final_step(artifact: str | os.PathLike) -> int:
     steps = finished_steps(artifact)
     if not steps and not place(artifact).exists():
         raise ValueError(f"{artifact}: expected an artifact, got nothing there; check the path")
-    if not steps and (place(artifact) / "pipeline.json").is_file():
+    if not steps and (place(artifact) / "pipeline.json").is_file():  # what `stage` marks one with
         raise ValueError(f"{artifact}: expected an artifact, got a pipeline; name one of the stages in it")
     if not steps:
         raise ValueError(f"{artifact}: expected checkpoints/<step>, got none; is this a finished artifact?")
